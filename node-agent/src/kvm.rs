@@ -4,14 +4,14 @@
 //! kernel then hangs, or dies with `KVM internal error, suberror 1` at its first `cmpxchg16b`. So nothing but execution counts:
 //!
 //! ```text
-//!  probe() ──spawn──▶ child: long mode, lock cmpxchg16b, counted loop, out ──▶ verdict line on stdout ──▶ Accel
-//!     └── no line within PROBE_DEADLINE: kill the child, Tcg { Hangs }
+//!  probe() ──spawn──▶ child: long mode, lock cmpxchg16b, counted loop, out ──▶ verdict line on stdout ──▶ Probe
+//!     └── no line within PROBE_DEADLINE: kill the child, Unusable(Hangs)
 //! ```
 //!
 //! # Invariants
 //!
 //! 1. [`probe`] returns within [`PROBE_DEADLINE`] plus a few milliseconds, whatever the kernel does with the child.
-//! 2. [`Accel::Kvm`] means: the loop ran at hardware speed *and* the 16-byte exchange had its effect in guest memory.
+//! 2. [`Probe::Works`] means: the loop ran at hardware speed *and* the 16-byte exchange had its effect in guest memory.
 //!
 //! The binary that calls [`probe`] must hand over to [`child_main`] first thing in `main` when its only argument is [`PROBE_ARG`].
 
@@ -42,13 +42,14 @@ const LOOP_ROUNDS: u32 = 1_000_000;
 /// A hundred times what hardware needs, so that a busy host is not mistaken for an interpreter.
 const LOOP_TIME_MAX: Duration = Duration::from_millis(100);
 
-/// How guests run on this host.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Accel {
+/// What running guest instructions showed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Probe {
     /// Hardware virtualisation, tried out.
-    Kvm { loop_time: Duration },
-    /// QEMU's translator: several times slower, and no boundary between tenants (ruling 11).
-    Tcg { reason: Unusable },
+    Works { loop_micros: u64 },
+    /// Guests need QEMU's translator: several times slower, and no boundary between tenants (ruling 11).
+    Unusable(Unusable),
 }
 
 /// Why hardware virtualisation is not used.
@@ -71,31 +72,21 @@ pub enum Unusable {
     Probe { error: String },
 }
 
-#[derive(Serialize, Deserialize)]
-enum Verdict {
-    Works { loop_micros: u64 },
-    Unusable(Unusable),
-}
-
 /// Tries KVM out in a copy of the running binary. Takes some 30 ms where KVM works or is absent, [`PROBE_DEADLINE`] at most.
-pub fn probe() -> Accel {
+pub fn probe() -> Probe {
     if !Path::new("/dev/kvm").exists() {
-        return Accel::Tcg { reason: Unusable::NoDevice };
+        return Probe::Unusable(Unusable::NoDevice);
     }
     let child = Command::new("/proc/self/exe").arg(PROBE_ARG).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn();
-    let verdict = match child {
+    match child {
         Ok(child) => await_verdict(child, PROBE_DEADLINE),
-        Err(error) => Verdict::Unusable(Unusable::Probe { error: error.to_string() }),
-    };
-    match verdict {
-        Verdict::Works { loop_micros } => Accel::Kvm { loop_time: Duration::from_micros(loop_micros) },
-        Verdict::Unusable(reason) => Accel::Tcg { reason },
+        Err(error) => Probe::Unusable(Unusable::Probe { error: error.to_string() }),
     }
 }
 
 /// Reads the child's one line until `deadline`. A child that cannot be killed (stuck inside KVM) is left behind, not waited for.
-fn await_verdict(mut child: Child, deadline: Duration) -> Verdict {
-    let broken = |error: String| Verdict::Unusable(Unusable::Probe { error });
+fn await_verdict(mut child: Child, deadline: Duration) -> Probe {
+    let broken = |error: String| Probe::Unusable(Unusable::Probe { error });
     let Some(mut stdout) = child.stdout.take() else { return broken("no pipe to the child".to_owned()) };
     let end = Instant::now() + deadline;
     let mut line = Vec::new();
@@ -106,7 +97,7 @@ fn await_verdict(mut child: Child, deadline: Duration) -> Verdict {
             Ok(0) => {
                 drop(child.kill());
                 drop(child.try_wait());
-                return Verdict::Unusable(Unusable::Hangs);
+                return Probe::Unusable(Unusable::Hangs);
             }
             Ok(_) => {}
             Err(nix::errno::Errno::EINTR) => continue,
@@ -130,10 +121,10 @@ fn await_verdict(mut child: Child, deadline: Duration) -> Verdict {
 pub fn child_main() -> ExitCode {
     let verdict = match run_guest() {
         Ok(loop_time) if loop_time > LOOP_TIME_MAX => {
-            Verdict::Unusable(Unusable::TooSlow { millis: u64::try_from(loop_time.as_millis()).unwrap_or(u64::MAX) })
+            Probe::Unusable(Unusable::TooSlow { millis: u64::try_from(loop_time.as_millis()).unwrap_or(u64::MAX) })
         }
-        Ok(loop_time) => Verdict::Works { loop_micros: u64::try_from(loop_time.as_micros()).unwrap_or(u64::MAX) },
-        Err(reason) => Verdict::Unusable(reason),
+        Ok(loop_time) => Probe::Works { loop_micros: u64::try_from(loop_time.as_micros()).unwrap_or(u64::MAX) },
+        Err(reason) => Probe::Unusable(reason),
     };
     match serde_json::to_writer(io::stdout(), &verdict) {
         Ok(()) => ExitCode::SUCCESS,
@@ -279,7 +270,7 @@ impl Drop for GuestMemory {
 mod tests {
     use super::*;
 
-    fn verdict_of(script: &str, deadline: Duration) -> Verdict {
+    fn verdict_of(script: &str, deadline: Duration) -> Probe {
         let child = Command::new("sh").args(["-c", script]).stdout(Stdio::piped()).spawn().unwrap();
         await_verdict(child, deadline)
     }
@@ -288,7 +279,7 @@ mod tests {
     fn a_child_that_hangs_means_tcg_in_time() {
         let start = Instant::now();
         let verdict = verdict_of("exec sleep 60", Duration::from_millis(100));
-        assert!(matches!(verdict, Verdict::Unusable(Unusable::Hangs)));
+        assert!(matches!(verdict, Probe::Unusable(Unusable::Hangs)));
         assert!(start.elapsed() < Duration::from_secs(10));
     }
 
@@ -296,14 +287,14 @@ mod tests {
     fn a_child_that_dies_or_babbles_means_tcg() {
         for script in ["kill -9 $$", "echo nonsense", "exit 0", "yes | head -c 100000"] {
             let verdict = verdict_of(script, Duration::from_secs(10));
-            assert!(matches!(verdict, Verdict::Unusable(Unusable::Probe { .. })), "{script}");
+            assert!(matches!(verdict, Probe::Unusable(Unusable::Probe { .. })), "{script}");
         }
     }
 
     #[test]
     fn a_working_child_means_kvm() {
-        let line = serde_json::to_string(&Verdict::Works { loop_micros: 7000 }).unwrap();
+        let line = serde_json::to_string(&Probe::Works { loop_micros: 7000 }).unwrap();
         let verdict = verdict_of(&format!("echo '{line}'"), Duration::from_secs(10));
-        assert!(matches!(verdict, Verdict::Works { loop_micros: 7000 }));
+        assert!(matches!(verdict, Probe::Works { loop_micros: 7000 }));
     }
 }

@@ -1,0 +1,98 @@
+//! `sprited dev`: all parts in one process, in an order that both start and stop can rely on.
+//!
+//! ```text
+//!  start: lock ▶ node agent ▶ coordinator ▶ first token ▶ router ▶ everything answers ▶ `ready`
+//!  stop:  `ready` removed ▶ router (no new requests) ▶ node agent (suspends and pushes every sprite) ▶ coordinator
+//! ```
+//!
+//! A first SIGTERM or SIGINT stops like this. A second one ends the process at once: VMs go on without it, and the next start adopts them,
+//! exactly as after `kill -9`.
+
+use std::{fs, time::Duration};
+
+use anyhow::Context;
+use jiff::Timestamp;
+
+use crate::{
+    config::Config,
+    data_dir::write_private,
+    parts::{self, NodePart, Part},
+    ready::{self, Ready},
+    shutdown::StopSignals,
+};
+
+/// Open requests get this long to end by themselves once the edge takes no new ones.
+const EDGE_STOP_DEADLINE: Duration = Duration::from_secs(5);
+/// Suspending and pushing every sprite. Past it the rest stays in local files, which the next start finds.
+const NODE_STOP_DEADLINE: Duration = Duration::from_secs(300);
+
+pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
+    let mut signals = StopSignals::catch().context("cannot catch signals")?;
+    let lock = config.data.lock("dev")?;
+    if let Err(error) = fs::remove_file(config.data.ready())
+        && error.kind() != std::io::ErrorKind::NotFound
+    {
+        return Err(error).context("cannot remove the last run's `ready` file");
+    }
+    tracing::info!(?config, "starting");
+    let mut running = tokio::select! {
+        running = start(&config) => running?,
+        signal = signals.next() => anyhow::bail!("{signal} before everything was up"),
+    };
+    let outcome = tokio::select! {
+        signal = signals.next() => {
+            tracing::info!("{signal}: stopping; once more to leave at once");
+            Ok(())
+        }
+        error = running.router.failed() => Err(error),
+        error = running.node.part.failed() => Err(error),
+        error = running.coordinator.failed() => Err(error),
+    };
+    tokio::select! {
+        () = stop(&config, running) => {}
+        signal = signals.next() => tracing::warn!("{signal} again: leaving at once; VMs go on and are adopted at the next start"),
+    }
+    drop(lock);
+    outcome
+}
+
+struct Running {
+    node: NodePart,
+    coordinator: Part,
+    router: Part,
+}
+
+async fn start(config: &Config) -> anyhow::Result<Running> {
+    let node = parts::start_node(config).await?;
+    let coordinator = parts::start_coordinator(config).await?;
+    parts::ensure_token(config).await?;
+    let router = parts::start_router(config).await?;
+    let (coordinator_socket, node_socket) = (config.data.coordinator_socket(), config.data.node_socket());
+    ready::all_answer(&coordinator_socket, &node_socket, config.listen).await?;
+    let ready = Ready {
+        pid: std::process::id(),
+        started_at: Timestamp::now(),
+        api_url: config.api_url(),
+        domain: config.domain.clone(),
+        bucket: config.bucket_url.clone(),
+        instance: config.instance.clone(),
+        acceleration: node.acceleration.clone(),
+        ca_file: parts::ca_file(config),
+        token_file: config.data.token(),
+        node_socket,
+        coordinator_socket,
+        notices: node.notices.clone(),
+    };
+    write_private(&config.data.ready(), &serde_json::to_vec_pretty(&ready)?)?;
+    tracing::info!(api = ready.api_url, acceleration = ready.acceleration, "ready");
+    Ok(Running { node, coordinator, router })
+}
+
+async fn stop(config: &Config, running: Running) {
+    if let Err(error) = fs::remove_file(config.data.ready()) {
+        tracing::warn!("cannot remove {}: {error}", config.data.ready().display());
+    }
+    running.router.stop(EDGE_STOP_DEADLINE).await;
+    running.node.part.stop(NODE_STOP_DEADLINE).await;
+    running.coordinator.stop(EDGE_STOP_DEADLINE).await;
+}

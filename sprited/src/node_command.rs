@@ -1,0 +1,41 @@
+//! `sprited node`: the node agent alone.
+
+use std::time::Duration;
+
+use anyhow::Context;
+use clap::Args;
+use node_agent::kvm::{self, Probe};
+
+use crate::{config::Settings, parts, shutdown::StopSignals};
+
+const STOP_DEADLINE: Duration = Duration::from_secs(300);
+
+#[derive(Args)]
+pub(crate) struct NodeArguments {
+    #[command(flatten)]
+    settings: Settings,
+    /// Run sprites although hardware virtualisation does not work. TCG is no boundary between tenants.
+    #[arg(long)]
+    allow_tcg: bool,
+}
+
+pub(crate) async fn run(arguments: NodeArguments) -> anyhow::Result<()> {
+    let config = arguments.settings.check()?;
+    if let Probe::Unusable(reason) = kvm::probe()
+        && !arguments.allow_tcg
+    {
+        anyhow::bail!("{reason}. Without KVM nothing separates tenants (ruling 11); pass --allow-tcg to run sprites anyway");
+    }
+    let mut signals = StopSignals::catch().context("cannot catch signals")?;
+    let _lock = config.data.lock("node")?;
+    let mut node = parts::start_node(&config).await?;
+    for notice in &node.notices {
+        tracing::warn!("{notice}");
+    }
+    let outcome = tokio::select! {
+        _ = signals.next() => Ok(()),
+        error = node.part.failed() => Err(error),
+    };
+    node.part.stop(STOP_DEADLINE).await;
+    outcome
+}
