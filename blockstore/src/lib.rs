@@ -1,1 +1,3 @@
 //! blockstore
+
+pub mod bucket;
