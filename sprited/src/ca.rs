@@ -8,7 +8,6 @@ use clap::{Args, Subcommand};
 use crate::{
     config::{DATA_DEFAULT, absolute},
     data_dir::DataDir,
-    parts::CA_CERTIFICATE,
 };
 
 #[derive(Args)]
@@ -29,7 +28,7 @@ enum CaCommand {
 }
 
 pub(crate) fn run(arguments: &CaArguments) -> anyhow::Result<ExitCode> {
-    let path = DataDir::at(absolute(arguments.data.clone())?).ca().join(CA_CERTIFICATE);
+    let path = DataDir::at(absolute(arguments.data.clone())?).ca_certificate();
     let pem = std::fs::read_to_string(&path)
         .with_context(|| format!("no certificate at {}; the first start of `sprited dev` makes it", path.display()))?;
     match arguments.command {

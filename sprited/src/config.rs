@@ -117,7 +117,9 @@ pub(crate) enum ConfigError {
     Instance(String),
     #[error("host name {0:?} is not a lower-case DNS name")]
     Host(String),
-    #[error("the API's host {api_host} lies under the domain of sprites, {domain}: a sprite could pose as the API (ruling 25)")]
+    #[error(
+        "the API's host {api_host} lies under the domain of sprites, {domain}: a sprite could pose as the API (ruling 25)"
+    )]
     SharedOrigin { api_host: String, domain: String },
 }
 
@@ -126,7 +128,8 @@ impl Settings {
     pub(crate) fn check(self) -> Result<Config, ConfigError> {
         let file = self.config.as_deref().map(read_file).transpose()?.unwrap_or_default();
         let data = absolute(self.data.or(file.data).unwrap_or_else(|| DATA_DEFAULT.into()))?;
-        let instance = checked_instance(self.instance.or(file.instance).unwrap_or_else(|| INSTANCE_DEFAULT.to_owned()))?;
+        let instance =
+            checked_instance(self.instance.or(file.instance).unwrap_or_else(|| INSTANCE_DEFAULT.to_owned()))?;
         let domain = checked_host(self.domain.or(file.domain).unwrap_or_else(|| DOMAIN_DEFAULT.to_owned()))?;
         let api_host = checked_host(self.api_host.or(file.api_host).unwrap_or_else(|| API_HOST_DEFAULT.to_owned()))?;
         if api_host.strip_suffix(&domain).is_some_and(|rest| rest.is_empty() || rest.ends_with('.')) {
@@ -229,7 +232,10 @@ mod tests {
     #[test]
     fn names_that_reach_the_kernel_or_a_certificate_are_checked() {
         for instance in ["", "five5", "A", "a/b", "é"] {
-            assert!(matches!(with_file(&format!("instance = {instance:?}")), Err(ConfigError::Instance(_))), "{instance}");
+            assert!(
+                matches!(with_file(&format!("instance = {instance:?}")), Err(ConfigError::Instance(_))),
+                "{instance}"
+            );
         }
         for domain in ["", "a..b", "-a", "Sprites", "*.x"] {
             assert!(matches!(with_file(&format!("domain = {domain:?}")), Err(ConfigError::Host(_))), "{domain}");

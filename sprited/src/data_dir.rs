@@ -36,7 +36,9 @@ pub(crate) struct DataLock(#[expect(dead_code, reason = "dropping it releases th
 pub(crate) enum DataDirError {
     #[error("another sprited{} works on {path}; stop it first (./dev down), or name another folder with --data", pid_text(.pid))]
     InUse { path: PathBuf, pid: Option<u32> },
-    #[error("the path {path} is too long: sockets below it would exceed the kernel's limit of {SOCKET_PATH_LEN_MAX} characters")]
+    #[error(
+        "the path {path} is too long: sockets below it would exceed the kernel's limit of {SOCKET_PATH_LEN_MAX} characters"
+    )]
     TooLong { path: PathBuf },
     #[error("{doing} {path} failed")]
     Io {
@@ -68,6 +70,9 @@ impl DataDir {
     pub(crate) fn ca(&self) -> PathBuf {
         self.0.join("ca")
     }
+    pub(crate) fn ca_certificate(&self) -> PathBuf {
+        self.ca().join("ca.pem")
+    }
     pub(crate) fn token(&self) -> PathBuf {
         self.0.join("token")
     }
@@ -87,17 +92,32 @@ impl DataDir {
             return Err(DataDirError::TooLong { path: self.0.clone() });
         }
         for folder in [self.path().to_owned(), self.run(), self.node(), self.ca()] {
-            fs::create_dir_all(&folder).map_err(|source| DataDirError::Io { doing: "making", path: folder.clone(), source })?;
+            fs::create_dir_all(&folder).map_err(|source| DataDirError::Io {
+                doing: "making",
+                path: folder.clone(),
+                source,
+            })?;
         }
         let private = Permissions::from_mode(0o700);
-        fs::set_permissions(self.ca(), private).map_err(|source| DataDirError::Io { doing: "closing", path: self.ca(), source })?;
+        fs::set_permissions(self.ca(), private).map_err(|source| DataDirError::Io {
+            doing: "closing",
+            path: self.ca(),
+            source,
+        })?;
         let path = self.0.join(if part == "dev" { "lock".to_owned() } else { format!("lock.{part}") });
         let io_error = |doing| {
             let path = path.clone();
             move |source| DataDirError::Io { doing, path, source }
         };
         let mut open = OpenOptions::new();
-        let mut file = open.read(true).write(true).create(true).truncate(false).mode(0o600).open(&path).map_err(io_error("opening"))?;
+        let mut file = open
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(&path)
+            .map_err(io_error("opening"))?;
         let mut holder = String::new();
         Read::by_ref(&mut file).take(32).read_to_string(&mut holder).map_err(io_error("reading"))?;
         let mut lock = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {

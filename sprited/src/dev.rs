@@ -5,8 +5,8 @@
 //!  stop:  `ready` removed ▶ router (no new requests) ▶ node agent (suspends and pushes every sprite) ▶ coordinator
 //! ```
 //!
-//! A first SIGTERM or SIGINT stops like this. A second one ends the process at once: VMs go on without it, and the next start adopts them,
-//! exactly as after `kill -9`.
+//! SIGTERM or SIGINT stops like this. SIGHUP, or a second signal, ends only this process: VMs go on without it, and the next start adopts
+//! them, exactly as after `kill -9`.
 
 use std::{fs, time::Duration};
 
@@ -18,7 +18,7 @@ use crate::{
     data_dir::write_private,
     parts::{self, NodePart, Part},
     ready::{self, Ready},
-    shutdown::StopSignals,
+    shutdown::{StopRequest, StopSignals},
 };
 
 /// Open requests get this long to end by themselves once the edge takes no new ones.
@@ -26,40 +26,39 @@ const EDGE_STOP_DEADLINE: Duration = Duration::from_secs(5);
 /// Suspending and pushing every sprite. Past it the rest stays in local files, which the next start finds.
 const NODE_STOP_DEADLINE: Duration = Duration::from_secs(300);
 
-pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
-    let mut signals = StopSignals::catch().context("cannot catch signals")?;
-    let lock = config.data.lock("dev")?;
-    if let Err(error) = fs::remove_file(config.data.ready())
-        && error.kind() != std::io::ErrorKind::NotFound
-    {
-        return Err(error).context("cannot remove the last run's `ready` file");
-    }
-    tracing::info!(?config, "starting");
-    let mut running = tokio::select! {
-        running = start(&config) => running?,
-        signal = signals.next() => anyhow::bail!("{signal} before everything was up"),
-    };
-    let outcome = tokio::select! {
-        signal = signals.next() => {
-            tracing::info!("{signal}: stopping; once more to leave at once");
-            Ok(())
-        }
-        error = running.router.failed() => Err(error),
-        error = running.node.part.failed() => Err(error),
-        error = running.coordinator.failed() => Err(error),
-    };
-    tokio::select! {
-        () = stop(&config, running) => {}
-        signal = signals.next() => tracing::warn!("{signal} again: leaving at once; VMs go on and are adopted at the next start"),
-    }
-    drop(lock);
-    outcome
-}
-
 struct Running {
     node: NodePart,
     coordinator: Part,
     router: Part,
+}
+
+pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
+    let mut signals = StopSignals::catch().context("cannot catch signals")?;
+    let lock = config.data.lock("dev")?;
+    remove_ready(&config)?;
+    tracing::info!(?config, "starting");
+    let mut running = tokio::select! {
+        running = start(&config) => running?,
+        request = signals.next() => anyhow::bail!("asked to stop ({request:?}) before everything was up"),
+    };
+    let asked = tokio::select! {
+        request = signals.next() => Ok(request),
+        error = running.router.failed() => Err(error),
+        error = running.node.part.failed() => Err(error),
+        error = running.coordinator.failed() => Err(error),
+    };
+    remove_ready(&config)?;
+    match asked {
+        Ok(StopRequest::Leave) => tracing::info!("leaving at once; VMs go on and are adopted at the next start"),
+        Ok(StopRequest::SleepAll) => {
+            tracing::info!("stopping: every sprite sleeps first; a second signal leaves at once");
+            stop_or_leave(running, &mut signals).await;
+        }
+        // One part is broken. Ending quickly is kinder than serving half: VMs go on, the next start adopts them.
+        Err(ref error) => tracing::error!("{error:#}"),
+    }
+    drop(lock);
+    asked.map(drop)
 }
 
 async fn start(config: &Config) -> anyhow::Result<Running> {
@@ -77,7 +76,7 @@ async fn start(config: &Config) -> anyhow::Result<Running> {
         bucket: config.bucket_url.clone(),
         instance: config.instance.clone(),
         acceleration: node.acceleration.clone(),
-        ca_file: parts::ca_file(config),
+        ca_file: config.data.ca_certificate(),
         token_file: config.data.token(),
         node_socket,
         coordinator_socket,
@@ -88,11 +87,24 @@ async fn start(config: &Config) -> anyhow::Result<Running> {
     Ok(Running { node, coordinator, router })
 }
 
-async fn stop(config: &Config, running: Running) {
-    if let Err(error) = fs::remove_file(config.data.ready()) {
-        tracing::warn!("cannot remove {}: {error}", config.data.ready().display());
+async fn stop_or_leave(running: Running, signals: &mut StopSignals) {
+    let stop = async {
+        running.router.stop(EDGE_STOP_DEADLINE).await;
+        running.node.part.stop(NODE_STOP_DEADLINE).await;
+        running.coordinator.stop(EDGE_STOP_DEADLINE).await;
+    };
+    tokio::select! {
+        () = stop => tracing::info!("stopped"),
+        _ = signals.next() => tracing::warn!("asked again: leaving at once; VMs go on and are adopted at the next start"),
     }
-    running.router.stop(EDGE_STOP_DEADLINE).await;
-    running.node.part.stop(NODE_STOP_DEADLINE).await;
-    running.coordinator.stop(EDGE_STOP_DEADLINE).await;
+}
+
+/// A `ready` of a process that is gone must not be believed.
+fn remove_ready(config: &Config) -> anyhow::Result<()> {
+    match fs::remove_file(config.data.ready()) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(error).context("cannot remove the `ready` file")
+        }
+        Ok(()) | Err(_) => Ok(()),
+    }
 }

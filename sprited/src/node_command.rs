@@ -6,7 +6,11 @@ use anyhow::Context;
 use clap::Args;
 use node_agent::kvm::{self, Probe};
 
-use crate::{config::Settings, parts, shutdown::StopSignals};
+use crate::{
+    config::Settings,
+    parts,
+    shutdown::{StopRequest, StopSignals},
+};
 
 const STOP_DEADLINE: Duration = Duration::from_secs(300);
 
@@ -24,7 +28,9 @@ pub(crate) async fn run(arguments: NodeArguments) -> anyhow::Result<()> {
     if let Probe::Unusable(reason) = kvm::probe()
         && !arguments.allow_tcg
     {
-        anyhow::bail!("{reason}. Without KVM nothing separates tenants (ruling 11); pass --allow-tcg to run sprites anyway");
+        anyhow::bail!(
+            "{reason}. Without KVM nothing separates tenants (ruling 11); pass --allow-tcg to run sprites anyway"
+        );
     }
     let mut signals = StopSignals::catch().context("cannot catch signals")?;
     let _lock = config.data.lock("node")?;
@@ -32,10 +38,12 @@ pub(crate) async fn run(arguments: NodeArguments) -> anyhow::Result<()> {
     for notice in &node.notices {
         tracing::warn!("{notice}");
     }
-    let outcome = tokio::select! {
-        _ = signals.next() => Ok(()),
+    let asked = tokio::select! {
+        request = signals.next() => Ok(request),
         error = node.part.failed() => Err(error),
     };
-    node.part.stop(STOP_DEADLINE).await;
-    outcome
+    if matches!(asked, Ok(StopRequest::SleepAll)) {
+        node.part.stop(STOP_DEADLINE).await;
+    }
+    asked.map(drop)
 }

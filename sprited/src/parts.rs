@@ -84,10 +84,6 @@ pub(crate) async fn start_router(_config: &Config) -> anyhow::Result<Part> {
 pub(crate) async fn ensure_token(_config: &Config) -> anyhow::Result<()> {
     anyhow::bail!("seam")
 }
-pub(crate) const CA_CERTIFICATE: &str = "ca.pem";
-pub(crate) fn ca_file(config: &Config) -> std::path::PathBuf {
-    config.data.ca().join(CA_CERTIFICATE)
-}
 pub(crate) async fn mint_token(_config: &Config) -> anyhow::Result<String> {
     anyhow::bail!("seam")
 }

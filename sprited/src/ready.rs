@@ -58,12 +58,23 @@ impl Ready {
 /// Waits until something speaks HTTP on the coordinator's socket, accepts on the node's, and accepts at the edge.
 pub(crate) async fn all_answer(coordinator: &Path, node: &Path, edge: SocketAddr) -> Result<(), NoAnswer> {
     let within = ANSWER_DEADLINE;
-    retry(within, "coordinator", coordinator.display().to_string(), async || speaks_http(UnixStream::connect(coordinator).await?).await).await?;
-    retry(within, "node agent", node.display().to_string(), async || speaks_http(UnixStream::connect(node).await?).await).await?;
+    retry(within, "coordinator", coordinator.display().to_string(), async || {
+        speaks_http(UnixStream::connect(coordinator).await?).await
+    })
+    .await?;
+    retry(within, "node agent", node.display().to_string(), async || {
+        speaks_http(UnixStream::connect(node).await?).await
+    })
+    .await?;
     retry(within, "router", edge.to_string(), async || TcpStream::connect(edge).await.map(drop)).await
 }
 
-async fn retry(deadline: Duration, part: &'static str, address: String, attempt: impl AsyncFn() -> io::Result<()>) -> Result<(), NoAnswer> {
+async fn retry(
+    deadline: Duration,
+    part: &'static str,
+    address: String,
+    attempt: impl AsyncFn() -> io::Result<()>,
+) -> Result<(), NoAnswer> {
     let end = Instant::now() + deadline;
     loop {
         let outcome = match tokio::time::timeout_at(end, attempt()).await {

@@ -22,8 +22,9 @@ pub(crate) async fn run(arguments: TokenArguments) -> anyhow::Result<()> {
     match arguments.command {
         TokenCommand::Show(settings) => {
             let path = settings.check()?.data.token();
-            let token = std::fs::read_to_string(&path)
-                .map_err(|error| anyhow::anyhow!("no token at {}: {error}; the first start of `sprited dev` makes it", path.display()))?;
+            let token = std::fs::read_to_string(&path).map_err(|error| {
+                anyhow::anyhow!("no token at {}: {error}; the first start of `sprited dev` makes it", path.display())
+            })?;
             println!("{}", token.trim());
         }
         TokenCommand::Mint(settings) => println!("{}", parts::mint_token(&settings.check()?).await?),

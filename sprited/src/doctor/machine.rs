@@ -62,7 +62,11 @@ fn qemu() -> Finding {
         Ok(machines) if machines.lines().any(|line| line.starts_with("microvm")) => {
             Finding::ok(CHECK, format!("{version}, with the microvm machine"))
         }
-        Ok(_) => Finding::fail(CHECK, format!("{version}, without the microvm machine"), "install the distribution's full qemu-system-x86"),
+        Ok(_) => Finding::fail(
+            CHECK,
+            format!("{version}, without the microvm machine"),
+            "install the distribution's full qemu-system-x86",
+        ),
         Err(error) => Finding::fail(CHECK, error, install),
     }
 }
@@ -85,7 +89,11 @@ fn memory() -> Finding {
     });
     match available {
         Some(bytes) if bytes >= MEMORY_BYTES_MIN => Finding::ok("memory", format!("{} MiB available", bytes >> 20)),
-        Some(bytes) => Finding::warn("memory", format!("{} MiB available", bytes >> 20), "a sprite of size s needs 1 GiB while it runs"),
+        Some(bytes) => Finding::warn(
+            "memory",
+            format!("{} MiB available", bytes >> 20),
+            "a sprite of size s needs 1 GiB while it runs",
+        ),
         None => Finding::fail("memory", "/proc/meminfo is unreadable", "mount /proc"),
     }
 }
@@ -99,10 +107,16 @@ fn shared_memory() -> Finding {
             if bytes >= MEMORY_BYTES_MIN {
                 Finding::ok(CHECK, found)
             } else {
-                Finding::warn(CHECK, found, "the memory of VMs lies there; enlarge it: mount -o remount,size=75% /dev/shm")
+                Finding::warn(
+                    CHECK,
+                    found,
+                    "the memory of VMs lies there; enlarge it: mount -o remount,size=75% /dev/shm",
+                )
             }
         }
-        Err(error) => Finding::fail(CHECK, error.to_string(), "mount a tmpfs at /dev/shm, or name one with --memory-dir"),
+        Err(error) => {
+            Finding::fail(CHECK, error.to_string(), "mount a tmpfs at /dev/shm, or name one with --memory-dir")
+        }
     }
 }
 
@@ -110,9 +124,11 @@ fn open_files() -> Finding {
     const CHECK: &str = "open files";
     match getrlimit(Resource::RLIMIT_NOFILE) {
         Ok((_, hard)) if hard >= OPEN_FILES_MIN => Finding::ok(CHECK, format!("limit {hard}")),
-        Ok((_, hard)) => {
-            Finding::warn(CHECK, format!("limit {hard}"), format!("raise the hard limit to {OPEN_FILES_MIN}: `ulimit -Hn` or LimitNOFILE="))
-        }
+        Ok((_, hard)) => Finding::warn(
+            CHECK,
+            format!("limit {hard}"),
+            format!("raise the hard limit to {OPEN_FILES_MIN}: `ulimit -Hn` or LimitNOFILE="),
+        ),
         Err(error) => Finding::fail(CHECK, error.to_string(), "getrlimit must work"),
     }
 }
@@ -133,7 +149,9 @@ fn cgroups() -> Finding {
 fn clock() -> Finding {
     const CHECK: &str = "clock";
     match SystemTime::now().duration_since(UNIX_EPOCH) {
-        Ok(since) if since >= CLOCK_FLOOR => Finding::ok(CHECK, format!("{}", jiff::Timestamp::now().strftime("%F %T UTC"))),
+        Ok(since) if since >= CLOCK_FLOOR => {
+            Finding::ok(CHECK, format!("{}", jiff::Timestamp::now().strftime("%F %T UTC")))
+        }
         Ok(_) | Err(_) => Finding::fail(CHECK, "years in the past", "set it: certificates would not be valid"),
     }
 }

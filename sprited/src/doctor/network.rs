@@ -14,14 +14,20 @@ pub(super) fn examine() -> Vec<Finding> {
 fn tun() -> Finding {
     match OpenOptions::new().read(true).write(true).open("/dev/net/tun") {
         Ok(_) => Finding::ok("tun", "/dev/net/tun opens"),
-        Err(error) => Finding::fail("tun", format!("/dev/net/tun: {error}"), "modprobe tun; in a container: pass the device in"),
+        Err(error) => {
+            Finding::fail("tun", format!("/dev/net/tun: {error}"), "modprobe tun; in a container: pass the device in")
+        }
     }
 }
 
 fn namespaces() -> Finding {
     match output_of("unshare", &["--net", "ip", "link", "show", "lo"]) {
         Ok(_) => Finding::ok("namespaces", "a network namespace can be made"),
-        Err(error) => Finding::fail("namespaces", error, "run as root on a kernel with network namespaces; apt-get install iproute2"),
+        Err(error) => Finding::fail(
+            "namespaces",
+            error,
+            "run as root on a kernel with network namespaces; apt-get install iproute2",
+        ),
     }
 }
 
@@ -30,7 +36,9 @@ fn packet_filter() -> Finding {
     let rule = "add table ip doctor; add chain ip doctor c { type nat hook postrouting priority 100; }; add rule ip doctor c masquerade";
     match output_of("unshare", &["--net", "nft", rule]) {
         Ok(_) => Finding::ok("nftables", "tables, NAT and masquerade work"),
-        Err(error) => Finding::fail("nftables", error, "apt-get install nftables; the kernel needs nf_tables and nft_masq"),
+        Err(error) => {
+            Finding::fail("nftables", error, "apt-get install nftables; the kernel needs nf_tables and nft_masq")
+        }
     }
 }
 
@@ -51,7 +59,11 @@ fn names() -> Finding {
         }
         Ok(addresses) => {
             let elsewhere: Vec<String> = addresses.map(|address| address.ip().to_string()).collect();
-            Finding::warn(CHECK, format!("{NAME} resolves to {}", elsewhere.join(", ")), "put `myhostname` before `dns` in /etc/nsswitch.conf")
+            Finding::warn(
+                CHECK,
+                format!("{NAME} resolves to {}", elsewhere.join(", ")),
+                "put `myhostname` before `dns` in /etc/nsswitch.conf",
+            )
         }
         Err(error) => Finding::warn(
             CHECK,

@@ -40,10 +40,15 @@ fn reflink(folder: &Path) -> Finding {
     const CHECK: &str = "reflink";
     match try_reflink(folder) {
         Ok(()) => Finding::ok(CHECK, format!("{} shares blocks between copies", folder.display())),
-        Err(Reflink::Unsupported) => Finding::ok(CHECK, format!("not on {}; memory is copied from tmpfs instead, some 30 ms a VM", folder.display())),
-        Err(Reflink::Failed(error)) => {
-            Finding::fail(CHECK, format!("cannot write into {}: {error}", folder.display()), "choose another --data folder, or run as root")
-        }
+        Err(Reflink::Unsupported) => Finding::ok(
+            CHECK,
+            format!("not on {}; memory is copied from tmpfs instead, some 30 ms a VM", folder.display()),
+        ),
+        Err(Reflink::Failed(error)) => Finding::fail(
+            CHECK,
+            format!("cannot write into {}: {error}", folder.display()),
+            "choose another --data folder, or run as root",
+        ),
     }
 }
 

@@ -1,0 +1,48 @@
+# sprited, sprite and the guest image. Sourced by ./dev.
+# shellcheck shell=bash
+
+GUEST_TARGET=x86_64-unknown-linux-gnu
+# Image folders that no `up` used for so long are removed.
+IMAGE_KEEP_DAYS=30
+
+build_all() {
+  check_rust
+  build_binaries || return 1
+  build_image
+}
+
+build_binaries() { step "building sprited and sprite" cargo build --locked -p sprited -p cli -p dev-s3; }
+
+# Static, because it runs in an initramfs without a userland; for the GNU target, because a musl one needs a download of its own.
+build_guest() {
+  RUSTFLAGS='-C target-feature=+crt-static' step "building the guest's PID 1" \
+    cargo build --locked -p guest --profile guest --target "$GUEST_TARGET"
+}
+
+# Sets IMAGE to a folder with vmlinux, initrd, rootfs.ext4 and rootfs.digest. Each piece is cached by the content it is made from: kernel and
+# root file system by their recipe, the initramfs also by the guest binary inside.
+build_image() {
+  build_guest || return 1
+  local guest=$TARGET/$GUEST_TARGET/guest/guest recipe key
+  recipe=$(guest/image/digest.sh) || die "guest/image/digest.sh failed"
+  build_piece "$SPRITES_CACHE/$recipe/vmlinux" "the guest's kernel" guest/image/build-kernel.sh || return 1
+  build_piece "$SPRITES_CACHE/$recipe/rootfs.ext4" "the guest's Debian (some minutes, once)" guest/image/build-rootfs.sh || return 1
+  key=$(cat "$guest" <(echo "$recipe") | sha256sum | cut -c 1-16)
+  IMAGE=$SPRITES_CACHE/$recipe/image-$key
+  GUEST_BINARY=$guest build_piece "$IMAGE/initrd" "the guest's initramfs" guest/image/build-initrd.sh || return 1
+  ln -sf ../vmlinux ../rootfs.ext4 "$IMAGE/"
+  echo "$recipe" >"$IMAGE/rootfs.digest"
+  touch "$SPRITES_CACHE/$recipe" "$IMAGE"
+  find "$SPRITES_CACHE" -mindepth 1 -maxdepth 2 -name 'image-*' -mtime "+$IMAGE_KEEP_DAYS" -exec rm -rf {} +
+}
+
+# build_piece FILE WHAT SCRIPT: FILE exists whole or not at all.
+build_piece() {
+  local file=$1 what=$2 script=$3
+  [ ! -e "$file" ] || return 0
+  mkdir -p "$(dirname "$file")"
+  rm -rf "$file.partial"
+  step "building $what" "$script" "$file.partial" || return 1
+  sync "$file.partial"
+  mv "$file.partial" "$file"
+}
