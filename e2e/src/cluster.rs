@@ -1,0 +1,273 @@
+//! One private cluster: `sprited dev` with its own data folder, port and instance.
+
+use std::{
+    fs,
+    net::TcpListener,
+    os::unix::process::CommandExt,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    sync::OnceLock,
+    time::Duration,
+};
+
+use serde_json::Value;
+
+use crate::{COMMAND_DEADLINE, Finished, Sprite, bounded, eventually, random_text};
+
+/// Importing the base image and booting the golden VM, without hardware virtualisation.
+const START_DEADLINE: Duration = Duration::from_secs(420);
+/// Every sprite suspended and pushed.
+const STOP_DEADLINE: Duration = Duration::from_secs(330);
+
+/// What a test wants otherwise than usual.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// The bucket's URL; default: a folder beside the node's data.
+    pub bucket: Option<String>,
+    /// More flags for `sprited dev`.
+    pub flags: Vec<String>,
+    /// More environment, for example AWS_*.
+    pub environment: Vec<(String, String)>,
+}
+
+/// A running (or just stopped) cluster.
+pub struct Cluster {
+    folder: PathBuf,
+    port: u16,
+    instance: String,
+    options: Options,
+    /// Holds the pipe whose end tells it that this process is gone.
+    reaper: Child,
+}
+
+impl Cluster {
+    /// The cluster that all tests of this process share.
+    pub fn shared() -> &'static Self {
+        static SHARED: OnceLock<Cluster> = OnceLock::new();
+        SHARED.get_or_init(|| Self::start(Options::default()))
+    }
+
+    /// Starts a cluster and waits until it is ready.
+    pub fn start(options: Options) -> Self {
+        let instance = format!("e{}", random_text(3));
+        let folder = PathBuf::from(format!("/var/tmp/sprites-{instance}"));
+        fs::create_dir_all(folder.join("home")).expect("the data folder can be made");
+        // Free now; somebody else may take it before sprited does, and then the start fails loudly.
+        let port = TcpListener::bind("127.0.0.1:0").and_then(|socket| socket.local_addr()).expect("a free port").port();
+        let reaper = start_reaper(&folder, &instance);
+        let cluster = Self { folder, port, instance, options, reaper };
+        cluster.start_sprited();
+        cluster
+    }
+
+    /// Starts `sprited` (again) and waits until it is ready.
+    pub fn start_sprited(&self) {
+        let log = fs::OpenOptions::new().create(true).append(true).open(self.log()).expect("the log can be written");
+        let mut command = Command::new(bin("sprited"));
+        command.arg("dev").arg("--data").arg(&self.folder).arg("--image").arg(image());
+        command.args(["--port", &self.port.to_string(), "--instance", &self.instance]);
+        if let Some(bucket) = &self.options.bucket {
+            command.args(["--bucket", bucket]);
+        }
+        command.args(&self.options.flags).envs(self.options.environment.iter().cloned());
+        command.stdin(Stdio::null()).stdout(log.try_clone().expect("a second handle")).stderr(log).process_group(0);
+        let mut child = command.spawn().expect("sprited starts");
+        let pid = child.id();
+        eventually("sprited ready", START_DEADLINE, || {
+            if let Some(status) = child.try_wait().expect("it is our child") {
+                panic!("sprited ended with {status}\n{}", self.log_tail());
+            }
+            match self.ready() {
+                Some(ready) if ready["pid"] == pid => Ok(()),
+                Some(_) | None => Err(self.log_tail()),
+            }
+        });
+        // Reaped when it ends, so that nobody mistakes a zombie for a running sprited.
+        std::thread::spawn(move || drop(child.wait()));
+        self.write_bundle();
+    }
+
+    /// What `sprited` says about itself, once it is ready.
+    pub fn ready(&self) -> Option<Value> {
+        serde_json::from_slice(&fs::read(self.folder.join("run/ready")).ok()?).ok()
+    }
+
+    pub fn pid(&self) -> Option<i32> {
+        self.ready()?["pid"].as_i64().and_then(|pid| i32::try_from(pid).ok())
+    }
+
+    /// `kill -9` of `sprited`; its VMs go on.
+    pub fn kill_sprited(&self) {
+        let pid = self.pid().expect("it runs");
+        self.signal(pid, "KILL");
+        // Else the next start's `ready` could not be told from this one's.
+        fs::remove_file(self.folder.join("run/ready")).expect("it was ready");
+        await_end(pid, Duration::from_secs(30));
+    }
+
+    /// `./dev down`: every sprite suspended and pushed.
+    pub fn stop_sprited(&self) {
+        let pid = self.pid().expect("it runs");
+        self.signal(pid, "TERM");
+        await_end(pid, STOP_DEADLINE);
+    }
+
+    fn signal(&self, pid: i32, name: &str) {
+        let status = Command::new("kill").args([format!("-{name}"), pid.to_string()]).status().expect("kill runs");
+        assert!(status.success(), "pid {pid} is not there\n{}", self.log_tail());
+    }
+
+    /// The local state that the bucket must be able to replace. Only while stopped.
+    pub fn delete_node_folder(&self) {
+        assert!(self.pid().is_none(), "sprited runs");
+        fs::remove_dir_all(self.folder.join("node")).expect("the node's folder can be removed");
+    }
+
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    pub fn api_url(&self) -> String {
+        format!("https://api.localhost:{}", self.port)
+    }
+
+    pub fn token(&self) -> String {
+        fs::read_to_string(self.folder.join("token")).expect("sprited made a token").trim().to_owned()
+    }
+
+    pub fn log(&self) -> PathBuf {
+        self.folder.join("sprited.log")
+    }
+
+    fn log_tail(&self) -> String {
+        let text = fs::read_to_string(self.log()).unwrap_or_default();
+        let lines: Vec<&str> = text.lines().collect();
+        lines[lines.len().saturating_sub(40)..].join("\n")
+    }
+
+    fn bundle(&self) -> PathBuf {
+        self.folder.join("ca-bundle.pem")
+    }
+
+    /// System + local CA, as `./dev env` sets it.
+    fn write_bundle(&self) {
+        let ready = self.ready().expect("it is ready");
+        let ca = ready["ca_file"].as_str().expect("the CA's path");
+        let system = fs::read("/etc/ssl/certs/ca-certificates.crt").unwrap_or_default();
+        let local = fs::read(ca).unwrap_or_else(|error| panic!("{ca}: {error}"));
+        fs::write(self.bundle(), [system, local].concat()).expect("the bundle can be written");
+    }
+
+    /// The `sprite` binary with a user's environment, to be run by the caller.
+    pub fn sprite_command<S: AsRef<std::ffi::OsStr>>(&self, arguments: impl IntoIterator<Item = S>) -> Command {
+        let mut command = Command::new(bin("sprite"));
+        command.args(arguments).current_dir(self.folder.join("home"));
+        command
+            .env_clear()
+            .env("PATH", std::env::var_os("PATH").unwrap_or_default())
+            .env("HOME", self.folder.join("home"));
+        command.env("SPRITES_API_URL", self.api_url()).env("SPRITE_TOKEN", self.token());
+        command.env("SSL_CERT_FILE", self.bundle()).env("TERM", "xterm").env("LANG", "C.UTF-8");
+        command
+    }
+
+    /// Runs `sprite ARGUMENTS…` without input.
+    pub fn sprite<S: AsRef<std::ffi::OsStr>>(&self, arguments: impl IntoIterator<Item = S>) -> Finished {
+        self.run(self.sprite_command(arguments), b"")
+    }
+
+    /// Runs any command with `stdin`, bounded, showing this cluster's log when an expectation fails.
+    pub fn run(&self, command: Command, stdin: &[u8]) -> Finished {
+        bounded(command, stdin, COMMAND_DEADLINE, Some(self.log()))
+    }
+
+    /// curl that trusts the local CA and prints only the body.
+    pub fn curl<S: AsRef<std::ffi::OsStr>>(&self, arguments: impl IntoIterator<Item = S>) -> Finished {
+        let mut command = Command::new("curl");
+        command.args(["--silent", "--show-error", "--max-time", "120", "--cacert"]).arg(self.bundle()).args(arguments);
+        self.run(command, b"")
+    }
+
+    /// One call of the REST API: status and body (null when it is not JSON).
+    pub fn api(&self, method: &str, path: &str, body: Option<&Value>) -> (u16, Value) {
+        let bearer = format!("Authorization: Bearer {}", self.token());
+        let mut arguments = vec!["-X".to_owned(), method.to_owned(), "-H".to_owned(), bearer];
+        if let Some(body) = body {
+            arguments.extend([
+                "-H".to_owned(),
+                "Content-Type: application/json".to_owned(),
+                "-d".to_owned(),
+                body.to_string(),
+            ]);
+        }
+        arguments.extend(["-w".to_owned(), "\n%{http_code}".to_owned(), format!("{}{path}", self.api_url())]);
+        let answer = self.curl(arguments).success().out();
+        let (body, status) = answer.rsplit_once('\n').expect("curl was told to print the status");
+        (status.parse().expect("a status is a number"), serde_json::from_str(body).unwrap_or(Value::Null))
+    }
+
+    /// A new sprite of its own for one test, destroyed when the value goes.
+    pub fn new_sprite(&self, stem: &str) -> Sprite<'_> {
+        Sprite::create(self, &crate::unique(stem), &[])
+    }
+}
+
+impl Drop for Cluster {
+    /// For a test's own cluster. The shared one is never dropped; its pipe closes when the process ends.
+    fn drop(&mut self) {
+        drop(self.reaper.stdin.take());
+        // It bounds itself; the next test's cluster gets a quiet machine.
+        drop(self.reaper.wait());
+    }
+}
+
+fn await_end(pid: i32, deadline: Duration) {
+    eventually("the end of sprited", deadline, || {
+        if Path::new(&format!("/proc/{pid}")).exists() { Err("it runs".to_owned()) } else { Ok(()) }
+    });
+}
+
+fn start_reaper(folder: &Path, instance: &str) -> Child {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("reaper.sh");
+    Command::new("bash")
+        .arg(script)
+        .arg(folder)
+        .arg(instance)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .process_group(0)
+        .spawn()
+        .expect("bash runs")
+}
+
+fn bin(name: &str) -> PathBuf {
+    let folder = std::env::var_os("SPRITES_BIN").map_or_else(
+        || {
+            let own = std::env::current_exe().expect("a test knows its binary");
+            own.ancestors().nth(2).expect("target/debug/deps/test").to_owned()
+        },
+        PathBuf::from,
+    );
+    let path = folder.join(name);
+    assert!(path.exists(), "{} is not built; ./dev build", path.display());
+    path
+}
+
+/// The guest image; built by `./dev image` when nobody says where it is.
+fn image() -> &'static Path {
+    static IMAGE: OnceLock<PathBuf> = OnceLock::new();
+    IMAGE.get_or_init(|| {
+        if let Some(folder) = std::env::var_os("SPRITES_IMAGE") {
+            return folder.into();
+        }
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("this crate lies in the repository");
+        let output = Command::new(root.join("dev")).arg("image").stderr(Stdio::inherit()).output().expect("./dev runs");
+        assert!(output.status.success(), "./dev image failed");
+        PathBuf::from(String::from_utf8_lossy(&output.stdout).trim())
+    })
+}

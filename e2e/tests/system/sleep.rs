@@ -1,0 +1,66 @@
+//! Sleep and wake: memory survives a suspend, the disk survives everything.
+
+use std::time::Duration;
+
+use e2e::{Cluster, Sprite, unique};
+
+const WAKE_DEADLINE: Duration = Duration::from_secs(60);
+
+#[test]
+fn a_counter_goes_on_where_it_was_suspended() {
+    let cluster = Cluster::shared();
+    let sprite = cluster.new_sprite("warm");
+    sprite.start_counter("/tmp/count");
+    let (before, pid) = sprite.counter("/tmp/count");
+    sprite.cli(&["sleep"]).success();
+    assert_eq!(sprite.status(), "warm");
+    let (after, same_pid) = sprite.counter("/tmp/count");
+    assert_eq!(pid, same_pid, "the process was started again");
+    assert!(after >= before, "{after} < {before}");
+    let skew_s: i64 = sprite.sh("date +%s").parse::<i64>().unwrap() - now_s();
+    assert!(skew_s.abs() <= 5, "the clock is {skew_s} s off after a wake");
+    // Twice: a VM that was restored once is restored again.
+    sprite.cli(&["sleep"]).success();
+    assert_eq!(sprite.counter("/tmp/count").1, pid);
+}
+
+#[test]
+fn a_cold_sprite_keeps_its_disk_and_loses_its_processes() {
+    let cluster = Cluster::shared();
+    let sprite = cluster.new_sprite("cold");
+    sprite.start_counter("/tmp/count");
+    sprite.sh("echo kept > ~/kept");
+    sprite.cli(&["sleep", "--cold"]).success();
+    assert_eq!(sprite.status(), "cold");
+    assert_eq!(sprite.sh("cat ~/kept; pgrep -cf /tmp/count.new || true").lines().next(), Some("kept"));
+    assert_eq!(sprite.status(), "running", "an exec wakes it");
+}
+
+#[test]
+fn wake_and_idle_policy_are_visible() {
+    let cluster = Cluster::shared();
+    let sprite = Sprite::create(cluster, &unique("idle"), &["--idle-timeout", "2s"]);
+    sprite.sh("true");
+    sprite.await_status("warm", WAKE_DEADLINE);
+    sprite.cli(&["wake"]).success();
+    assert_eq!(sprite.status(), "running");
+    let awake = Sprite::create(cluster, &unique("never"), &["--idle-timeout", "never"]);
+    awake.sh("true");
+    sprite.await_status("warm", WAKE_DEADLINE);
+    assert_eq!(awake.status(), "running", "`never` means never");
+}
+
+#[test]
+fn a_clock_three_days_back_is_right_after_a_wake() {
+    let cluster = Cluster::shared();
+    let sprite = cluster.new_sprite("clock");
+    sprite.sh("sudo date -s '3 days ago' >/dev/null");
+    sprite.cli(&["sleep"]).success();
+    let skew_s: i64 = sprite.sh("date +%s").parse::<i64>().unwrap() - now_s();
+    assert!(skew_s.abs() <= 5, "the clock is {skew_s} s off");
+}
+
+fn now_s() -> i64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("the host's clock is set");
+    i64::try_from(since.as_secs()).expect("a date before the year 292 billion")
+}
