@@ -1,0 +1,1 @@
+//! Real namespaces; needs root.
