@@ -1,1 +1,4 @@
-//! router
+pub mod ca;
+mod headers;
+mod host;
+mod path;
