@@ -41,11 +41,18 @@ install_packages() {
 
 qemu_major() { qemu-system-x86_64 --version 2>/dev/null | sed -n 's/^QEMU emulator version \([0-9]*\)\..*/\1/p'; }
 
+qemu_candidate() { apt-cache policy qemu-system-x86 2>/dev/null | sed -n 's/^  Candidate: [0-9]*:\([0-9]*\)\..*/\1/p'; }
+
 install_qemu() {
   local major candidate
   major=$(qemu_major || true)
   [ "${major:-0}" -lt "$QEMU_MAJOR_MIN" ] || return 0
-  candidate=$(apt-cache policy qemu-system-x86 2>/dev/null | sed -n 's/^  Candidate: [0-9]*:\([0-9]*\)\..*/\1/p')
+  candidate=$(qemu_candidate)
+  if [ -z "$candidate" ]; then
+    # A fresh machine has no package lists at all.
+    step "apt-get update" apt update || return 1
+    candidate=$(qemu_candidate)
+  fi
   if [ "${candidate:-0}" -ge "$QEMU_MAJOR_MIN" ]; then
     step "installing QEMU" apt install -y --no-install-recommends qemu-system-x86
     return

@@ -12,6 +12,7 @@ use std::{fs, time::Duration};
 
 use anyhow::Context;
 use jiff::Timestamp;
+use node_agent::Shutdown;
 
 use crate::{
     config::Config,
@@ -25,6 +26,8 @@ use crate::{
 const EDGE_STOP_DEADLINE: Duration = Duration::from_secs(5);
 /// Suspending and pushing every sprite. Past it the rest stays in local files, which the next start finds.
 const NODE_STOP_DEADLINE: Duration = Duration::from_secs(300);
+/// Nothing has to be pushed: the next start reads the journal.
+const LEAVE_DEADLINE: Duration = Duration::from_secs(10);
 
 struct Running {
     node: NodePart,
@@ -49,7 +52,10 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
     };
     remove_ready(&config)?;
     match asked {
-        Ok(StopRequest::Leave) => tracing::info!("leaving at once; VMs go on and are adopted at the next start"),
+        Ok(StopRequest::Leave) => {
+            tracing::info!("leaving; VMs go on and are adopted at the next start");
+            running.node.stop(Shutdown::LeaveRunning, LEAVE_DEADLINE).await;
+        }
         Ok(StopRequest::SleepAll) => {
             tracing::info!("stopping: every sprite sleeps first; a second signal leaves at once");
             stop_or_leave(running, &mut signals).await;
@@ -90,7 +96,7 @@ async fn start(config: &Config) -> anyhow::Result<Running> {
 async fn stop_or_leave(running: Running, signals: &mut StopSignals) {
     let stop = async {
         running.router.stop(EDGE_STOP_DEADLINE).await;
-        running.node.part.stop(NODE_STOP_DEADLINE).await;
+        running.node.stop(Shutdown::Suspend, NODE_STOP_DEADLINE).await;
         running.coordinator.stop(EDGE_STOP_DEADLINE).await;
     };
     tokio::select! {

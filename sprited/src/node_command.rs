@@ -4,7 +4,10 @@ use std::time::Duration;
 
 use anyhow::Context;
 use clap::Args;
-use node_agent::kvm::{self, Probe};
+use node_agent::{
+    Shutdown,
+    kvm::{self, Probe},
+};
 
 use crate::{
     config::Settings,
@@ -13,6 +16,7 @@ use crate::{
 };
 
 const STOP_DEADLINE: Duration = Duration::from_secs(300);
+const LEAVE_DEADLINE: Duration = Duration::from_secs(10);
 
 #[derive(Args)]
 pub(crate) struct NodeArguments {
@@ -42,8 +46,9 @@ pub(crate) async fn run(arguments: NodeArguments) -> anyhow::Result<()> {
         request = signals.next() => Ok(request),
         error = node.part.failed() => Err(error),
     };
-    if matches!(asked, Ok(StopRequest::SleepAll)) {
-        node.part.stop(STOP_DEADLINE).await;
+    match asked {
+        Ok(StopRequest::SleepAll) => node.stop(Shutdown::Suspend, STOP_DEADLINE).await,
+        Ok(StopRequest::Leave) | Err(_) => node.stop(Shutdown::LeaveRunning, LEAVE_DEADLINE).await,
     }
     asked.map(drop)
 }

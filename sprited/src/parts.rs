@@ -1,12 +1,28 @@
 //! Starts each part. The one place that knows every part's configuration; `dev` and the single-part commands only put them in order.
 
-use std::{os::unix::fs::PermissionsExt, path::Path, time::Duration};
+use std::{
+    os::unix::fs::PermissionsExt,
+    path::Path,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
 
 use anyhow::Context;
+use blockstore::bucket::Bucket;
+use node_agent::{
+    ImageFiles, NodeAgent, Shutdown,
+    kvm::{self, Probe},
+    qemu::Accel,
+};
 use tokio::{net::UnixListener, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::Config;
+
+/// Requests that are still open on a socket nobody else uses get this long.
+const SOCKET_STOP_DEADLINE: Duration = Duration::from_secs(5);
+/// What the node agent says at its start with this in front is for a person's eyes: what was lost.
+const NOTICE: &str = "notice: ";
 
 /// A part that runs until its token is cancelled.
 pub(crate) struct Part {
@@ -65,16 +81,95 @@ pub(crate) fn bind_private(path: &Path) -> anyhow::Result<UnixListener> {
     Ok(listener)
 }
 
-/// What the node agent reported at its start, and how to end it.
+/// The node agent, and what it said at its start.
 pub(crate) struct NodePart {
+    agent: Arc<NodeAgent>,
     pub(crate) acceleration: String,
     pub(crate) notices: Vec<String>,
     pub(crate) part: Part,
 }
 
-pub(crate) async fn start_node(_config: &Config) -> anyhow::Result<NodePart> {
-    anyhow::bail!("seam")
+impl NodePart {
+    /// Ends the VMs as `mode` says while the socket still answers (a suspend may need the coordinator's view), then the socket.
+    pub(crate) async fn stop(self, mode: Shutdown, deadline: Duration) {
+        let progress = |what: &str| tracing::info!("{what}");
+        if tokio::time::timeout(deadline, self.agent.shutdown(mode, progress)).await.is_err() {
+            tracing::warn!(
+                "not every sprite was put away within {deadline:?}; the rest is in local files for the next start"
+            );
+        }
+        self.part.stop(SOCKET_STOP_DEADLINE).await;
+    }
 }
+
+/// Opens the bucket and starts the node agent on it. Slow the first time: imports the image and boots the golden VM.
+pub(crate) async fn start_node(config: &Config) -> anyhow::Result<NodePart> {
+    let (accel, acceleration) = acceleration(config).await?;
+    let bucket = open_bucket(config).await?;
+    let notices = Mutex::new(Vec::new());
+    let progress = |what: &str| {
+        tracing::info!("{what}");
+        if let (Some(notice), Ok(mut notices)) = (what.strip_prefix(NOTICE), notices.lock()) {
+            notices.push(notice.to_owned());
+        }
+    };
+    let agent = Arc::new(NodeAgent::start(node_config(config, bucket, accel)?, progress).await?);
+    let listener = bind_private(&config.data.node_socket())?;
+    let served = Arc::clone(&agent);
+    let part = Part::spawn("node agent", |stop| async move {
+        Ok(served.serve(listener, async move { stop.cancelled().await }).await?)
+    });
+    Ok(NodePart { agent, acceleration, notices: notices.into_inner().unwrap_or_default(), part })
+}
+
+/// KVM only if guest instructions really run in it.
+async fn acceleration(config: &Config) -> anyhow::Result<(Accel, String)> {
+    Ok(match tokio::task::spawn_blocking(kvm::probe).await? {
+        Probe::Works { .. } => (Accel::Kvm { cpu_model: config.cpu_model.clone() }, "kvm".to_owned()),
+        Probe::Unusable(reason) => (Accel::Tcg, format!("tcg: {reason}")),
+    })
+}
+
+async fn open_bucket(config: &Config) -> anyhow::Result<Bucket> {
+    if let Some(folder) = config.bucket_url.strip_prefix("dir:") {
+        std::fs::create_dir_all(folder).with_context(|| format!("cannot make the bucket's folder {folder}"))?;
+    }
+    Bucket::open(&config.bucket_url).await.with_context(|| format!("cannot use the bucket {}", config.bucket_url))
+}
+
+fn node_config(config: &Config, bucket: Bucket, accel: Accel) -> anyhow::Result<node_agent::Config> {
+    let folder =
+        config.image.as_ref().context("no guest image; name its folder with --image (`./dev build` makes one)")?;
+    let digest = folder.join("rootfs.digest");
+    let rootfs_digest =
+        std::fs::read_to_string(&digest).with_context(|| format!("cannot read {}", digest.display()))?;
+    Ok(node_agent::Config {
+        node: node_name(&config.instance)?,
+        bucket,
+        data: config.data.node(),
+        memory: config.memory_dir.clone(),
+        image: ImageFiles {
+            kernel: folder.join("vmlinux"),
+            initrd: folder.join("initrd"),
+            rootfs: folder.join("rootfs.ext4"),
+            rootfs_digest: rootfs_digest.trim().to_owned(),
+        },
+        accel,
+        pool_size: config.pool_size,
+        // Our own code even when the file was replaced by a newer build meanwhile.
+        sprited: "/proc/self/exe".into(),
+        instance: config.instance.clone(),
+        denied_networks: config.denied_networks.clone(),
+        memory_reserve_bytes: config.memory_reserve_bytes,
+    })
+}
+
+/// The same after the node's folder was lost, so that its sprites are known to be its own; different for every instance on a machine.
+fn node_name(instance: &str) -> anyhow::Result<String> {
+    let name = nix::unistd::gethostname().context("this machine has no name")?;
+    Ok(format!("{}-{instance}", name.to_string_lossy()))
+}
+
 pub(crate) async fn start_coordinator(_config: &Config) -> anyhow::Result<Part> {
     anyhow::bail!("seam")
 }
