@@ -33,7 +33,7 @@ pub mod url;
 
 pub use probe::{Finding, ProbeError};
 pub use record::{Record, RecordError};
-pub use url::{BadBucketUrl, OpenError};
+pub use url::{BadBucketUrl, Credentials, OpenError};
 
 /// Largest object that may be written or read whole: the hard cap of a pack (64 MiB) with room for its directory.
 pub const OBJECT_BYTES_MAX: u64 = 80 << 20;
@@ -237,7 +237,16 @@ impl Bucket {
     ///
     /// The URL is wrong, the store cannot be reached, or it does not keep the promises we build on: each says what to do.
     pub async fn open(url: &str) -> Result<Self, OpenError> {
-        let mut bucket = url::connect(url).await?;
+        Self::open_as(url, None).await
+    }
+
+    /// As [`open`](Self::open), with credentials that do not come from the environment.
+    pub async fn open_with(url: &str, credentials: Credentials) -> Result<Self, OpenError> {
+        Self::open_as(url, Some(credentials)).await
+    }
+
+    async fn open_as(url: &str, credentials: Option<Credentials>) -> Result<Self, OpenError> {
+        let mut bucket = url::connect(url, credentials).await?;
         let dialect = probe::run(&bucket).await?;
         Arc::get_mut(&mut bucket.inner).expect("nobody else has this bucket yet").dialect = dialect;
         Ok(bucket)

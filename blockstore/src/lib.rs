@@ -1,3 +1,4 @@
 //! blockstore
 
 pub mod bucket;
+pub mod nbd;

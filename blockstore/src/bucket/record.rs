@@ -33,7 +33,9 @@ const ATTEMPTS: u32 = 4;
 /// Between two attempts, times their number. Short: a lease may hang on it.
 const BACKOFF: Duration = Duration::from_millis(100);
 /// Nonces of predecessors kept in a record. So many others may win before a lost answer becomes [`RecordError::Unknown`].
-const PAST_MAX: usize = 8;
+const PAST_MAX: usize = 16;
+/// Characters kept of each: 64 bits tell so few apart.
+const PAST_NONCE_CHARS: usize = 16;
 /// Largest record. Heads are about 500 bytes; this stops a runaway `environment`.
 pub const RECORD_BYTES_MAX: usize = 1 << 20;
 
@@ -149,7 +151,7 @@ impl Bucket {
     /// Not cancel safe: dropping the future leaves the outcome open, as [`RecordError::Unknown`].
     pub async fn update_record<T: Serialize, Old>(&self, old: &Record<Old>, value: T) -> Result<Record<T>, RecordError> {
         let mut past = Vec::with_capacity(PAST_MAX);
-        past.push(old.nonce.clone());
+        past.push(short(&old.nonce).to_owned());
         past.extend(old.past.iter().take(PAST_MAX - 1).cloned());
         self.write_record(&old.key, value, Condition::Version { tag: &old.tag, nonce: &old.nonce }, past).await
     }
@@ -235,7 +237,7 @@ fn judge(key: &str, stored: Option<Stored>, mine: &str, condition: &Condition<'_
     if nonce == mine {
         return Verdict::Won(tag);
     }
-    if past.iter().any(|past| past == mine) {
+    if past.iter().any(|past| past == short(mine)) {
         return Verdict::Lost(RecordError::Superseded { key: key() });
     }
     let full = past.len() >= PAST_MAX;
@@ -245,9 +247,14 @@ fn judge(key: &str, stored: Option<Stored>, mine: &str, condition: &Condition<'_
         Condition::Version { nonce: replaced, .. } if nonce == *replaced => Verdict::NotYet,
         // The whole history is there and mine is not in it.
         Condition::Absent if !full => conflict,
-        Condition::Version { nonce: replaced, .. } if past.iter().any(|past| past == replaced) => conflict,
+        Condition::Version { nonce: replaced, .. } if past.iter().any(|past| past == short(replaced)) => conflict,
         Condition::Absent | Condition::Version { .. } => unknown,
     }
+}
+
+/// How a nonce stands in `past`. A foreign one may be shorter, or no ASCII.
+fn short(nonce: &str) -> &str {
+    nonce.get(..PAST_NONCE_CHARS).unwrap_or(nonce)
 }
 
 /// Whether the write was refused before anything left this host.

@@ -1,6 +1,6 @@
 //! From the text of a bucket's URL to its stores. The one place that knows which kinds of bucket there are.
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{fmt, path::Path, sync::Arc, time::Duration};
 
 use object_store::{
     ClientOptions, RetryConfig,
@@ -127,8 +127,8 @@ fn is_loopback(endpoint: &str) -> bool {
     }
 }
 
-/// Opens the stores behind `url` without talking to S3 yet.
-pub(super) async fn connect(url: &str) -> Result<Bucket, OpenError> {
+/// Opens the stores behind `url` without talking to S3 yet. `None`: credentials of S3 come from the environment.
+pub(super) async fn connect(url: &str, credentials: Option<Credentials>) -> Result<Bucket, OpenError> {
     match Location::parse(url)? {
         Location::Dir(path) => {
             let opened = tokio::task::spawn_blocking(move || FsCas::open(Path::new(&path))).await;
@@ -138,7 +138,10 @@ pub(super) async fn connect(url: &str) -> Result<Bucket, OpenError> {
         Location::S3 { bucket, prefix, endpoint, region, .. } => {
             let at = endpoint.as_deref().map_or(String::new(), |endpoint| format!(" at {endpoint}"));
             let description = format!("s3://{bucket}/{prefix}{at} (region {region})");
-            let credentials = Credentials::from_env()?;
+            let credentials = match credentials {
+                Some(credentials) => credentials,
+                None => Credentials::from_env()?,
+            };
             let client = |timeout, retry| {
                 let built = s3_client(&bucket, endpoint.as_deref(), &region, &credentials, (timeout, retry));
                 built.map_err(|source| OpenError::Client { url: description.clone(), source })
@@ -152,14 +155,23 @@ pub(super) async fn connect(url: &str) -> Result<Bucket, OpenError> {
     }
 }
 
-struct Credentials {
-    access_key_id: String,
-    secret_access_key: String,
-    session_token: Option<String>,
+/// Keys of an S3 store.
+#[derive(Clone)]
+pub struct Credentials {
+    pub access_key_id: String,
+    pub secret_access_key: String,
+    pub session_token: Option<String>,
+}
+
+impl fmt::Debug for Credentials {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Credentials").field("access_key_id", &self.access_key_id).finish_non_exhaustive()
+    }
 }
 
 impl Credentials {
-    fn from_env() -> Result<Self, BadBucketUrl> {
+    /// From `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY` and `AWS_SESSION_TOKEN`.
+    pub fn from_env() -> Result<Self, BadBucketUrl> {
         let var = |name| std::env::var(name).ok().filter(|value| !value.is_empty());
         match (var("AWS_ACCESS_KEY_ID"), var("AWS_SECRET_ACCESS_KEY")) {
             (Some(access_key_id), Some(secret_access_key)) => {
