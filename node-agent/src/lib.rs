@@ -1,7 +1,185 @@
 //! One host's node agent: runs sprites as microVMs.
+//!
+//! ```text
+//!  coordinator ──gRPC Node──▶ grpc ─┐                        ┌─▶ process ─▶ jail ─▶ QEMU ─▶ guest (PID 1)
+//!  edge ──HTTP, WebSocket──▶ data ──┼─▶ host ─▶ vm::task ────┼─▶ blockstore volume ◀─NBD─┘      ▲
+//!                                   │     (one owner each)   └─▶ net (namespace, tap, DNS)      │
+//!                                   └───────────────── agent: gRPC over virtio-serial ──────────┘
+//! ```
+//!
+//! Long-lived tasks: one owner per sprite (`vm::task`; commands in, status `watch` out), one filler of the `pool`, one reader of guest events per living
+//! VM (`inside`), one DNS relay per network (`net::dns`), one NBD server per VM (blockstore). Everything else is a call.
+//!
+//! What is absent: nothing here decides who owns a sprite (the head in the bucket does), and nothing reads a guest's file system.
 
 pub mod agent;
+pub mod checkpoint;
+pub mod config;
 pub mod data;
+mod digest;
+mod files;
+pub mod golden;
+pub mod grpc;
 pub mod host;
+mod inside;
 pub mod jail;
+pub mod kvm;
 pub mod net;
+mod pid;
+mod pool;
+mod preserve;
+pub mod process;
+pub mod qemu;
+pub mod qmp;
+mod recover;
+mod resize;
+pub mod resources;
+pub mod vm;
+
+use std::{io, path::PathBuf, process::Stdio, sync::Arc, time::Duration};
+
+use blockstore::store::{Store, StoreConfig};
+use futures_util::{StreamExt as _, stream};
+use proto::{node::node_server::NodeServer, record::SizeClass};
+use tokio::net::UnixListener;
+
+pub use config::{Config, ImageFiles};
+use grpc::NodeService;
+use host::Host;
+use net::Network;
+use pool::Pool;
+use resources::Resources;
+use vm::{Depth, change::chain};
+
+/// The QEMU binary, found in `PATH`.
+const QEMU: &str = "qemu-system-x86_64";
+/// Sprites put to sleep side by side at a shutdown.
+const SHUTDOWN_PARALLEL: usize = 4;
+/// A stuck sprite must not hold the whole shutdown.
+const SHUTDOWN_LIMIT: Duration = Duration::from_secs(120);
+
+/// Why a node agent does not start. Each says what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum NodeError {
+    #[error("cannot run {QEMU}; install QEMU 9 or newer (`./dev up` does)")]
+    Qemu(#[source] io::Error),
+    #[error("cannot read {what}; build the guest's image again (`./dev up` does)")]
+    Image { what: PathBuf, source: io::Error },
+    #[error("cannot open the block store")]
+    Store(#[source] blockstore::store::StoreError),
+    #[error("cannot import the base image")]
+    Base(#[source] blockstore::store::BaseError),
+    #[error("cannot set up the host's network")]
+    Network(#[source] net::NetError),
+    #[error("cannot make the golden snapshot")]
+    Golden(#[source] golden::GoldenError),
+    #[error("cannot take up the sprites of this host")]
+    Recover(#[source] recover::RecoverError),
+}
+
+/// What happens to the VMs when the node agent ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shutdown {
+    /// Everything is suspended and pushed to the bucket.
+    Suspend,
+    /// VMs go on; the next start takes them up.
+    LeaveRunning,
+}
+
+/// A running node agent.
+#[derive(Debug)]
+pub struct NodeAgent {
+    host: Host,
+}
+
+impl NodeAgent {
+    /// Opens the store, imports the base image, makes the golden snapshot if there is none, and takes up the sprites of this host.
+    ///
+    /// `progress` is told what takes long, in words.
+    pub async fn start(config: Config, progress: impl Fn(&str) + Send + Sync) -> Result<Self, NodeError> {
+        let qemu_version = qemu_version().await.map_err(NodeError::Qemu)?;
+        let kernel_digest = resources::kernel_digest(&config)
+            .map_err(|source| NodeError::Image { what: config.image.kernel.clone(), source })?;
+        let store = Store::open(StoreConfig {
+            bucket: config.bucket.clone(),
+            dir: config.data.join("store"),
+            node: config.node.clone(),
+            limits: blockstore::store::Limits::default(),
+        })
+        .await
+        .map_err(NodeError::Store)?;
+        progress("importing the base image into the bucket");
+        let base = store
+            .ensure_base(&config.image.rootfs, &config.image.rootfs_digest, |done, total| {
+                tracing::debug!(done, total, "importing the base image");
+            })
+            .await
+            .map_err(NodeError::Base)?;
+        let network = Network::start(config.network()).await.map_err(NodeError::Network)?;
+        let pool_size = config.pool_size;
+        let resources = Arc::new(Resources {
+            config,
+            store,
+            base,
+            network,
+            slots: resources::Slots::default(),
+            qemu: find_in_path(QEMU),
+            qemu_version,
+            kernel_digest,
+            goldens: Default::default(),
+        });
+        progress("making the golden snapshot");
+        resources.golden(SizeClass::default()).await.map_err(NodeError::Golden)?;
+        let pool = Pool::start(Arc::clone(&resources), pool_size);
+        let host = Host::new(Arc::clone(&resources), pool);
+        progress("taking up sprites");
+        recover::recover(&resources, &host).await.map_err(NodeError::Recover)?;
+        Ok(Self { host })
+    }
+
+    /// Serves control and data plane on one socket until `shutdown`.
+    pub async fn serve(&self, listener: UnixListener, shutdown: impl Future<Output = ()> + Send + 'static) -> io::Result<()> {
+        let control = tonic::service::Routes::new(NodeServer::new(NodeService { host: self.host.clone() }));
+        let host = self.host.clone();
+        let data = data::router(move |id| {
+            let host = host.clone();
+            async move { host.running(id).await }
+        });
+        let app = control.into_axum_router().merge(data);
+        axum::serve(listener, app).with_graceful_shutdown(shutdown).await
+    }
+
+    /// Ends the node agent. `progress` is told about each sprite.
+    pub async fn shutdown(&self, mode: Shutdown, progress: impl Fn(&str) + Send + Sync) {
+        for prepared in self.host.pool().drain().await {
+            pool::free(self.host.resources(), prepared.parts).await;
+        }
+        let ids = self.host.ids();
+        if mode == Shutdown::Suspend {
+            let asleep = ids.iter().map(|id| async {
+                let name = self.host.status(*id).map(|status| status.name).unwrap_or_default();
+                match tokio::time::timeout(SHUTDOWN_LIMIT, self.host.sleep(*id, Depth::Suspended)).await {
+                    Ok(Ok(_report)) => progress(&format!("{name} is suspended")),
+                    Ok(Err(error)) => progress(&format!("{name} is not suspended: {}", chain(&error))),
+                    Err(_elapsed) => progress(&format!("{name} is not suspended within {SHUTDOWN_LIMIT:?}")),
+                }
+            });
+            stream::iter(asleep).buffer_unordered(SHUTDOWN_PARALLEL).collect::<()>().await;
+        }
+        for id in ids {
+            self.host.leave(id).await;
+        }
+    }
+}
+
+async fn qemu_version() -> io::Result<String> {
+    let output = tokio::process::Command::new(QEMU).arg("--version").stdin(Stdio::null()).output().await?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    Ok(text.lines().next().unwrap_or_default().to_owned())
+}
+
+/// The jail has its own root, so the program's path has to be absolute.
+fn find_in_path(program: &str) -> PathBuf {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path).map(|folder| folder.join(program)).find(|file| file.exists()).unwrap_or_else(|| program.into())
+}

@@ -1,0 +1,248 @@
+#!/usr/bin/env python3
+"""Sprites against the floor of bare QEMU, in one run: `./dev bench vm`.
+
+The floor (`vm_floor.py`, none of our code) starts, suspends and resumes a VM with a busybox agent and a local qcow2. We do the same through the
+public API of a running cluster, as a client would: TLS, token, REST. Every line is a ratio of medians in this run; nothing here is a test.
+
+usage: vm.py FLOOR_SCRIPT WORK_DIR [--rounds N] [--json FILE]        (environment as `./dev env` prints it)
+"""
+
+import argparse
+import concurrent.futures
+import http.client
+import json
+import os
+import re
+import ssl
+import statistics
+import subprocess
+import sys
+import time
+import urllib.parse
+
+API = urllib.parse.urlsplit(os.environ["SPRITES_API_URL"])
+TLS = ssl.create_default_context(cafile=os.environ.get("SSL_CERT_FILE"))
+HEADERS = {"Authorization": "Bearer " + os.environ["SPRITE_TOKEN"]}
+FLOOR_LINE = re.compile(r"^(.+?)\s+median ([\d.]+) s", re.M)
+DEADLINE_S = 180
+
+
+def call(method, path, body=None, host=None, raw=False):
+    """One request on a new connection, as the first one of a client is."""
+    connection = http.client.HTTPSConnection(host or API.hostname, API.port, timeout=DEADLINE_S, context=TLS)
+    headers = dict(HEADERS)
+    data = body
+    if isinstance(body, dict):
+        data = json.dumps(body).encode()
+        headers["Content-Type"] = "application/json"
+    connection.request(method, path, body=data, headers=headers)
+    answer = connection.getresponse()
+    content = answer.read()
+    connection.close()
+    if answer.status >= 400:
+        raise RuntimeError(f"{method} {path}: {answer.status} {content[:300]!r}")
+    return content if raw else json.loads(content or b"null")
+
+
+def create(name, **settings):
+    return call("POST", "/v1/sprites", {"name": name, "idle_timeout": "never", **settings})
+
+
+def destroy(name):
+    call("DELETE", f"/v1/sprites/{name}", raw=True)
+
+
+def run(name, *argv):
+    """Runs a command over HTTP and returns its output; checks that it ended with 0."""
+    query = urllib.parse.urlencode([("cmd", word) for word in argv] + [("path", argv[0])])
+    frames = call("POST", f"/v1/sprites/{name}/exec?{query}", b"", raw=True)
+    if frames[-2:] != b"\x03\x00":
+        raise RuntimeError(f"{argv} ended with {frames[-200:]!r}")
+    return frames[:-2]
+
+
+def checkpoint(name):
+    lines = call("POST", f"/v1/sprites/{name}/checkpoint", {}, raw=True).decode().splitlines()
+    return json.loads(lines[-1])
+
+
+def timed(work, *arguments):
+    begun = time.monotonic()
+    work(*arguments)
+    return time.monotonic() - begun
+
+
+def floor(script, folder):
+    """Runs the floor and returns its medians in seconds, by name."""
+    print("# floor: bare QEMU", file=sys.stderr)
+    out = subprocess.run([sys.executable, script, folder], check=True, stdout=subprocess.PIPE, text=True).stdout
+    print(out, file=sys.stderr)
+    return {name.strip(): float(seconds) for name, seconds in FLOOR_LINE.findall(out)}
+
+
+def wait_for_pool():
+    """A calm machine: the pool refills within seconds of the last create."""
+    time.sleep(12)
+
+
+def bench_create(rounds):
+    """Create call to first output, from the pool and without it."""
+    pool, cold = [], []
+    for number in range(rounds):
+        wait_for_pool()
+        for kind, name in ((pool, f"bench-p{number}"), (cold, f"bench-c{number}")):
+            begun = time.monotonic()
+            create(name)
+            run(name, "/bin/bash", "-c", "echo ready")
+            kind.append(time.monotonic() - begun)
+        destroy(f"bench-p{number}")
+        destroy(f"bench-c{number}")
+    return pool, cold
+
+
+WRITER = """
+import os, sys, time
+f = os.open("/home/sprite/w", os.O_WRONLY | os.O_CREAT, 0o600)
+end = time.monotonic() + float(sys.argv[1]); worst = 0.0; last = time.monotonic(); n = 0
+while time.monotonic() < end:
+    os.pwrite(f, b"x" * 4096, (n % 4096) * 4096); n += 1
+    now = time.monotonic(); worst = max(worst, now - last); last = now
+print(n, worst * 1000)
+"""
+
+
+def bench_pause(name, rounds):
+    """Longest gap a writer inside sees around a checkpoint, less what it sees without one; and the pause the API reports."""
+    gaps, reported = [], []
+    run(name, "/bin/sh", "-c", f"cat > /tmp/w.py <<'E'\n{WRITER}\nE")
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        for _ in range(rounds):
+            writer = threads.submit(run, name, "/usr/bin/python3", "/tmp/w.py", "3")
+            time.sleep(1.5)
+            reported.append(checkpoint(name).get("pause_us", 0) / 1e6)
+            gaps.append(float(writer.result().split()[-1]) / 1000)
+    return gaps, reported
+
+
+def bench_restore(name, rounds):
+    times = []
+    checkpoint_id = re.search(r"Checkpoint (\S+) created", checkpoint(name)["data"])[1]
+    for _ in range(rounds):
+        begun = time.monotonic()
+        call("POST", f"/v1/sprites/{name}/checkpoints/{checkpoint_id}/restore", {}, raw=True)
+        run(name, "/bin/bash", "-c", "echo back")
+        times.append(time.monotonic() - begun)
+    return times
+
+
+def bench_sleep(name, rounds):
+    frozen, local, bucket, wake = [], [], [], []
+    for _ in range(rounds):
+        answer = call("POST", f"/v1/sprites/{name}/sleep", {"to": "suspended"})
+        frozen.append(answer["frozen_ms"] / 1000)
+        local.append(answer["local_ms"] / 1000)
+        bucket.append(answer["bucket_ms"] / 1000)
+        wake.append(timed(run, name, "/bin/true"))
+    return frozen, local, bucket, wake
+
+
+def bench_paused_http(name, rounds):
+    run(name, "/bin/bash", "-c", "cd /tmp && setsid python3 -m http.server 8080 >/dev/null 2>&1 </dev/null & sleep 2")
+    host = urllib.parse.urlsplit(call("GET", f"/v1/sprites/{name}")["url"]).hostname
+    call("GET", "/", host=host, raw=True)
+    awake, paused = [], []
+    for _ in range(rounds):
+        awake.append(timed(lambda: call("GET", "/", host=host, raw=True)))
+        call("POST", f"/v1/sprites/{name}/sleep", {"to": "paused"})
+        paused.append(timed(lambda: call("GET", "/", host=host, raw=True)))
+    return awake, paused
+
+
+def bench_burst(count):
+    """`count` creates at once, each with a command; wall seconds."""
+    names = [f"bench-b{number}" for number in range(count)]
+
+    def one(name):
+        create(name)
+        return run(name, "/bin/cat", "/proc/sys/kernel/random/boot_id")
+
+    begun = time.monotonic()
+    with concurrent.futures.ThreadPoolExecutor(count) as threads:
+        ids = set(threads.map(one, names))
+    seconds = time.monotonic() - begun
+    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+        list(threads.map(destroy, names))
+    if len(ids) != count:
+        raise RuntimeError(f"{count} sprites have only {len(ids)} boot ids")
+    return seconds
+
+
+class Table:
+    def __init__(self):
+        self.rows = []
+
+    def add(self, what, ours, base_name, base, goal):
+        ratio = ours / base if base else None
+        met = "" if ratio is None else ("met" if ratio <= goal else "MISSED")
+        self.rows.append({"what": what, "seconds": ours, "against": base_name, "base_seconds": base, "ratio": ratio, "goal": goal, "goal_met": met})
+
+    def limit(self, what, ours, limit):
+        self.rows.append({"what": what, "seconds": ours, "against": f"≤ {limit} s", "base_seconds": limit, "ratio": ours / limit, "goal": 1.0, "goal_met": "met" if ours <= limit else "MISSED"})
+
+    def note(self, what, ours):
+        self.rows.append({"what": what, "seconds": ours, "against": "", "base_seconds": None, "ratio": None, "goal": None, "goal_met": ""})
+
+    def markdown(self):
+        lines = ["| what | ours | against | ratio | goal | |", "|---|---|---|---|---|---|"]
+        for row in self.rows:
+            ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
+            goal = "" if row["goal"] is None else f"≤ {row['goal']}"
+            base = f"{row['against']} {row['base_seconds']:.3f} s" if row["base_seconds"] else row["against"]
+            lines.append(f"| {row['what']} | {row['seconds']:.3f} s | {base} | {ratio} | {goal} | {row['goal_met']} |")
+        return "\n".join(lines)
+
+
+def main():
+    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    arguments.add_argument("floor_script")
+    arguments.add_argument("work_dir")
+    arguments.add_argument("--rounds", type=int, default=5)
+    arguments.add_argument("--burst", type=int, default=20)
+    arguments.add_argument("--json")
+    settings = arguments.parse_args()
+    median = statistics.median
+    base = floor(settings.floor_script, settings.work_dir)
+    table = Table()
+    pool, cold = bench_create(settings.rounds)
+    table.add("create → first output, cold", median(cold), "floor first bash", base["first bash"], 1.3)
+    table.add("create → first output, from the pool", median(pool), "floor first bash", base["first bash"], 0.3)
+    wait_for_pool()
+    create("bench-main")
+    gaps, reported = bench_pause("bench-main", settings.rounds)
+    table.limit("checkpoint pause, as a writer inside sees it", median(gaps), 0.030)
+    table.limit("checkpoint pause, as the guest agent measures it", median(reported), 0.030)
+    mount_and_bash = base["first bash"] - base["first answer"]
+    table.add("restore → next exec", median(bench_restore("bench-main", settings.rounds)), "floor mount + bash", mount_and_bash, 1.3)
+    frozen, local, bucket, wake = bench_sleep("bench-main", settings.rounds)
+    table.limit("suspend, frozen", median(frozen), 0.100)
+    table.note("suspend, locally durable", median(local))
+    table.note("suspend, in the bucket", median(bucket))
+    exec_alone = median([timed(run, "bench-main", "/bin/true") for _ in range(settings.rounds)])
+    table.note("exec in a running sprite", exec_alone)
+    table.add("wake from suspended, by an exec", median(wake), "floor resume + exec", base["resume + answer"] + exec_alone, 1.3)
+    awake, paused = bench_paused_http("bench-main", settings.rounds)
+    table.note("HTTP in a running sprite", median(awake))
+    table.limit("paused → HTTP byte", median(paused), 0.050)
+    destroy("bench-main")
+    wait_for_pool()
+    seconds = bench_burst(settings.burst)
+    cores = os.cpu_count() or 1
+    table.add(f"{settings.burst} created at once", seconds, f"{settings.burst} × one ÷ {cores} cores", settings.burst * median(cold) / cores, 1.3)
+    print(table.markdown())
+    if settings.json:
+        with open(settings.json, "w", encoding="utf-8") as out:
+            json.dump(table.rows, out, indent=1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+//! Taking a checkpoint of a running sprite: frozen only for the seal (ruling 16).
+//!
+//! ```text
+//!  syncfs, FIFREEZE (≤ 200 ms) ──▶ seal (O(1), in memory) ──▶ thaw ──▶ returned ──▶ … push … ──▶ durable
+//!                                 └──────── pause ────────┘
+//! ```
+//! If the file system cannot be frozen in time, the cut is what a power failure would leave, and the checkpoint says so.
+
+use std::time::{Duration, Instant};
+
+use blockstore::store::{Checkpoint, CheckpointError, CheckpointMeta, Consistency, Volume};
+use proto::public;
+
+use crate::{agent::AgentClient, vm::change::chain};
+
+/// How long a freeze may take before the cut is taken crash-consistent.
+const FREEZE_LIMIT_MS: u32 = 200;
+/// The guest thaws by itself after this, should the host die in between.
+const FROZEN_LIMIT_MS: u32 = 2000;
+
+/// A checkpoint and what taking it cost.
+#[derive(Clone, Debug)]
+pub struct Taken {
+    pub checkpoint: Checkpoint,
+    /// How long the guest's writes stood still.
+    pub pause: Duration,
+    /// From the request until the checkpoint was listed.
+    pub returned: Duration,
+}
+
+/// Seals the disk as it is now. The sprite goes on running.
+///
+/// # Errors
+///
+/// When the seal could not be recorded; then no checkpoint exists and no number is used up.
+pub async fn take(agent: &AgentClient, volume: &Volume, comment: String, is_auto: bool) -> Result<Taken, CheckpointError> {
+    let begun = Instant::now();
+    let frozen = match agent.freeze(FREEZE_LIMIT_MS, FROZEN_LIMIT_MS).await {
+        Ok(answer) if answer.frozen => true,
+        Ok(answer) => {
+            tracing::info!(sprite = %volume.id(), reason = answer.reason, "not frozen; the checkpoint is crash-consistent");
+            false
+        }
+        Err(error) => {
+            tracing::warn!(sprite = %volume.id(), error = chain(&error), "not frozen; the checkpoint is crash-consistent");
+            false
+        }
+    };
+    let stopped = Instant::now();
+    let consistency = if frozen { Consistency::Filesystem } else { Consistency::Crash };
+    let sealed = volume.seal_checkpoint(CheckpointMeta { comment, consistency, is_auto }).await;
+    let mut pause = stopped.elapsed();
+    if frozen {
+        match agent.thaw().await {
+            Ok(answer) => pause = Duration::from_micros(answer.frozen_us),
+            Err(error) => tracing::warn!(sprite = %volume.id(), error = chain(&error), "cannot thaw; the guest does it by itself"),
+        }
+    }
+    Ok(Taken { checkpoint: sealed?, pause, returned: begun.elapsed() })
+}
+
+/// The form the APIs show.
+pub fn to_public(checkpoint: &Checkpoint) -> public::Checkpoint {
+    public::Checkpoint {
+        id: checkpoint.id.clone(),
+        create_unix_ms: checkpoint.created_unix_ms,
+        comment: checkpoint.comment.clone(),
+        durable: checkpoint.durable,
+        lost: checkpoint.lost,
+        consistency: match checkpoint.consistency {
+            Consistency::Filesystem => "filesystem",
+            Consistency::Crash => "crash",
+        }
+        .to_owned(),
+        is_current_base: checkpoint.is_current_base,
+        source_id: String::new(),
+    }
+}
+
+/// The lines of a successful create, as the dialect's clients read them (sprites-api.md §8).
+pub fn events(taken: &Taken) -> Vec<public::CheckpointEvent> {
+    let id = &taken.checkpoint.id;
+    let info = |data: String| public::CheckpointEvent { kind: "info".into(), data, ..Default::default() };
+    vec![
+        info("Creating checkpoint...".into()),
+        info(format!("  ID: {id}")),
+        public::CheckpointEvent {
+            kind: "complete".into(),
+            data: format!("Checkpoint {id} created successfully"),
+            checkpoint: Some(to_public(&taken.checkpoint)),
+            pause_us: u64::try_from(taken.pause.as_micros()).unwrap_or(u64::MAX),
+            returned_ms: u64::try_from(taken.returned.as_millis()).unwrap_or(u64::MAX),
+            durable_ms: 0,
+        },
+    ]
+}

@@ -1,0 +1,434 @@
+//! One QEMU process and what belongs to it: control socket, guest agent, network, disk server, memory file.
+//!
+//! ```text
+//!  start ── from the golden snapshot, or from the sprite's own suspended image ──▶ VmProcess ── suspend ──▶ image files, no process
+//!                                                                       ▲   └───── kill ─────▶ nothing
+//!  adopt ── after the node agent was restarted under a living QEMU ─────┘
+//! ```
+//!
+//! # Invariants
+//!
+//! 1. Device state is loaded at most once (ruling 2): [`VmProcess::resume`] renames the state file away and syncs the folder before the VM runs.
+//! 2. A state file that has its final name is whole: it is written beside, synced and renamed.
+//! 3. The process outlives the node agent: nothing here kills it on drop.
+
+use std::{
+    io,
+    os::fd::AsRawFd as _,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use blockstore::{
+    nbd::{Export, ExportTable, NbdServer},
+    store::Volume,
+};
+use proto::{id::SpriteId, record::SizeClass};
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    agent::{AgentClient, ConnectError},
+    files,
+    golden::Golden,
+    jail::{self, JailSpec},
+    net::{NetError, SpriteNet},
+    pid::Process,
+    qemu::{DiskBackend, Start, VOLUME_EXPORT, VmFiles},
+    qmp::{Qmp, QmpError},
+    resources::{Resources, Slot},
+};
+
+/// A fresh QEMU listens within milliseconds; a host under a storm of starts may need longer.
+const QMP_LIMIT: Duration = Duration::from_secs(20);
+/// How long a restored guest may need to its first answer. Measured: 0.17 s alone, seconds when many start at once.
+const AGENT_LIMIT: Duration = Duration::from_secs(30);
+/// SIGKILL to the end of the process; longer means that the kernel holds it in I/O.
+const KILL_LIMIT: Duration = Duration::from_secs(10);
+/// How long QEMU may take to connect to its disk again.
+const RESIZE_LIMIT: Duration = Duration::from_secs(20);
+const RESIZE_POLL: Duration = Duration::from_millis(20);
+/// What an error shows of the guest's console.
+const CONSOLE_TAIL_CHARS: usize = 2000;
+
+/// Files of one VM. The folder outlives node agent and process.
+#[derive(Clone, Debug)]
+pub struct RunDir {
+    pub folder: PathBuf,
+    pub memory: PathBuf,
+}
+
+impl RunDir {
+    pub fn qmp(&self) -> PathBuf {
+        self.folder.join("qmp.sock")
+    }
+
+    pub fn agent(&self) -> PathBuf {
+        self.folder.join("agent.sock")
+    }
+
+    pub fn nbd(&self) -> PathBuf {
+        self.folder.join("nbd.sock")
+    }
+
+    /// Device state of a suspended VM.
+    pub fn state(&self) -> PathBuf {
+        self.folder.join("state")
+    }
+
+    /// Where device state goes before it is loaded; never loaded twice.
+    pub fn spent_state(&self) -> PathBuf {
+        self.folder.join("state.spent")
+    }
+
+    /// What the node agent has to know to find this VM again.
+    pub fn note(&self) -> PathBuf {
+        self.folder.join("vm.json")
+    }
+
+    /// Memory of a suspended VM on the disk: what is left of it after the host's reboot.
+    pub fn memory_on_disk(&self) -> PathBuf {
+        self.folder.join("memory.img")
+    }
+
+    /// The device state goes through this name while it is written.
+    fn unfinished_state(&self) -> PathBuf {
+        self.folder.join("state.tmp")
+    }
+
+    /// Everything of a suspended image, wherever it is.
+    pub fn drop_image(&self) -> io::Result<()> {
+        for file in [self.state(), self.spent_state(), self.unfinished_state(), self.memory_on_disk(), self.memory.clone()] {
+            files::remove_if_there(&file)?;
+        }
+        files::sync_folder(&self.folder)
+    }
+}
+
+/// `vm.json`: written at every transition, so that a restarted node agent finds its VMs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmNote {
+    pub sprite: SpriteId,
+    pub size: SizeClass,
+    pub slot: u32,
+    /// The golden snapshot (and with it QEMU, CPU model, kernel, layout) this VM descends from.
+    pub snapshot_key: String,
+    pub process: Option<ProcessNote>,
+    /// Set while the VM is suspended: where in the volume's history the memory belongs (ruling 2).
+    pub suspended_lsn: Option<u64>,
+    /// Not yet named.
+    pub pooled: bool,
+}
+
+/// A QEMU process that can be told from another with the same number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProcessNote {
+    pub pid: i32,
+    pub started: u64,
+}
+
+impl VmNote {
+    pub fn write(&self, run: &RunDir) -> io::Result<()> {
+        files::write_atomically(&run.note(), &serde_json::to_vec_pretty(self)?)
+    }
+
+    pub fn read(path: &Path) -> io::Result<Self> {
+        Ok(serde_json::from_slice(&std::fs::read(path)?)?)
+    }
+}
+
+/// Why a VM could not be started.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    #[error("cannot prepare {what} for the VM")]
+    Prepare { what: &'static str, source: io::Error },
+    #[error("cannot set up the VM's network")]
+    Network(#[source] NetError),
+    #[error("QEMU did not start; the end of its log: {log}")]
+    Launch { log: String, source: QmpError },
+    #[error("cannot load the VM's state")]
+    Load(#[source] QmpError),
+    #[error("the guest does not answer; the end of its console: {console}")]
+    Agent { console: String, source: ConnectError },
+    #[error("the suspended image belongs to snapshot {image}, this host has {host}")]
+    Incompatible { image: String, host: String },
+    #[error("its process is gone")]
+    Gone(#[source] io::Error),
+}
+
+/// Why a VM could not be suspended. It may still run: look at its run state.
+#[derive(Debug, thiserror::Error)]
+pub enum SuspendError {
+    #[error("cannot save the VM's state")]
+    Save(#[source] QmpError),
+    #[error("cannot make the VM's state durable")]
+    Durable(#[source] io::Error),
+}
+
+/// A running or paused VM.
+#[derive(Debug)]
+pub struct VmProcess {
+    pub run: RunDir,
+    pub note: VmNote,
+    pub agent: AgentClient,
+    pub net: Arc<SpriteNet>,
+    pub exports: ExportTable,
+    pub process: Arc<Process>,
+    pub qmp: Qmp,
+    _slot: Slot,
+    _nbd: NbdServer,
+}
+
+/// What a process is started with.
+#[derive(Debug)]
+pub struct Plan {
+    pub note: VmNote,
+    pub slot: Slot,
+    pub volume: Volume,
+}
+
+/// Where a new process gets its state from.
+enum Source<'a> {
+    Golden(&'a Golden),
+    Suspended,
+}
+
+impl Source<'_> {
+    fn state(&self, run: &RunDir) -> PathBuf {
+        match self {
+            Self::Golden(golden) => golden.state.clone(),
+            Self::Suspended => run.spent_state(),
+        }
+    }
+}
+
+impl VmProcess {
+    /// A fresh copy of the golden VM on `volume`. The guest answers; it has no identity and its disk is not mounted yet.
+    pub async fn start(
+        resources: &Resources,
+        run: RunDir,
+        golden: &Golden,
+        plan: Plan,
+    ) -> Result<Self, StartError> {
+        Self::launch(resources, run, Source::Golden(golden), plan).await
+    }
+
+    /// The sprite's own memory and processes again, once. After an error the image is spent: boot from the disk.
+    pub async fn resume(
+        resources: &Resources,
+        run: RunDir,
+        golden: &Golden,
+        plan: Plan,
+    ) -> Result<Self, StartError> {
+        let note = &plan.note;
+        if note.snapshot_key != golden.key {
+            return Err(StartError::Incompatible { image: note.snapshot_key.clone(), host: golden.key.clone() });
+        }
+        spend_image(&run).await.map_err(|source| StartError::Prepare { what: "the suspended image", source })?;
+        Self::launch(resources, run, Source::Suspended, plan).await
+    }
+
+    /// Finds the VM of `note` again under a living QEMU: the node agent was restarted, the VM was not.
+    ///
+    /// # Errors
+    ///
+    /// [`StartError::Gone`] when the process has ended; otherwise what could not be reached.
+    pub async fn adopt(resources: &Resources, run: RunDir, plan: Plan) -> Result<Self, StartError> {
+        let Plan { note, slot, volume } = plan;
+        let known = note.process.ok_or_else(|| StartError::Gone(io::ErrorKind::NotFound.into()))?;
+        let process = Process::find(known.pid, known.started).map_err(StartError::Gone)?;
+        let net = resources.network.reattach(note.slot).await.map_err(StartError::Network)?;
+        let (exports, nbd) = serve_disk(&run, volume, resources.uid(note.slot))?;
+        let qmp = Qmp::connect(&run.qmp(), QMP_LIMIT).await.map_err(|source| StartError::Launch { log: String::new(), source })?;
+        // A paused guest cannot answer; its agent is reached when it runs again.
+        let paused = qmp.run_state().await.map_err(StartError::Load)? == "paused";
+        if paused {
+            qmp.cont().await.map_err(StartError::Load)?;
+        }
+        let agent = connect_agent(&run, &qmp).await?;
+        Ok(Self { run, note, agent, net: Arc::new(net), exports, process: Arc::new(process), qmp, _slot: slot, _nbd: nbd })
+    }
+
+    async fn launch(
+        resources: &Resources,
+        run: RunDir,
+        source: Source<'_>,
+        plan: Plan,
+    ) -> Result<Self, StartError> {
+        let Plan { mut note, slot, volume } = plan;
+        note.slot = slot.number();
+        let uid = resources.uid(note.slot);
+        let prepare = |what: &'static str| move |source: io::Error| StartError::Prepare { what, source };
+        prepare_folder(&run, uid).map_err(prepare("the run folder"))?;
+        let memory = prepare_memory(&run, &source, uid);
+        let network = resources.network.attach(note.slot, uid);
+        let (memory, net) = tokio::join!(memory, network);
+        memory.map_err(prepare("the memory file"))?;
+        let net = net.map_err(StartError::Network)?;
+        let tap = net.open_tap().map_err(StartError::Network)?;
+        let (exports, nbd) = serve_disk(&run, volume, uid)?;
+
+        let vm_files = VmFiles {
+            memory: run.memory.clone(),
+            qmp_socket: run.qmp(),
+            agent_socket: run.agent(),
+            disk: DiskBackend::Nbd { socket: run.nbd() },
+            tap_fd: tap.as_raw_fd(),
+        };
+        let args = resources.model(note.size).arguments(&vm_files, &Start::Incoming);
+        let spec = resources.jail_spec(&run, note.slot, args, &net, tap.as_raw_fd());
+        let process = spawn(resources, &spec).await.map_err(prepare("the process"))?;
+        drop(tap);
+        let qmp = match Qmp::connect(&run.qmp(), QMP_LIMIT).await {
+            Ok(qmp) => qmp,
+            Err(error) => return Err(StartError::Launch { log: log_tail(&spec), source: error }),
+        };
+        qmp.load_state(&source.state(&run)).await.map_err(StartError::Load)?;
+        qmp.cont().await.map_err(StartError::Load)?;
+        note.process = Some(ProcessNote { pid: process.pid(), started: process.started() });
+        note.suspended_lsn = None;
+        note.write(&run).map_err(prepare("the VM's note"))?;
+        let agent = connect_agent(&run, &qmp).await?;
+        Ok(Self { run, note, agent, net: Arc::new(net), exports, process: Arc::new(process), qmp, _slot: slot, _nbd: nbd })
+    }
+
+    /// Stops the vCPUs. Memory and connections stay.
+    pub async fn pause(&self) -> Result<(), QmpError> {
+        self.qmp.stop().await
+    }
+
+    /// Lets the vCPUs run again. The guest's clock stood still: configure it before user code is trusted.
+    pub async fn unpause(&self) -> Result<(), QmpError> {
+        self.qmp.cont().await
+    }
+
+    /// Writes the device state and ends the process. Memory stays in its file. Returns how long the guest was stopped before it was frozen for good.
+    ///
+    /// `lsn` is called when the guest can write no more; the image is valid only for that position of the volume.
+    pub async fn suspend(&mut self, lsn: impl Fn() -> u64) -> Result<Duration, SuspendError> {
+        let begun = Instant::now();
+        self.agent.disconnect().await;
+        self.qmp.stop().await.map_err(SuspendError::Save)?;
+        self.qmp.save_state(&self.run.unfinished_state()).await.map_err(SuspendError::Save)?;
+        let frozen = begun.elapsed();
+        let note = VmNote { suspended_lsn: Some(lsn()), process: None, ..self.note.clone() };
+        let run = self.run.clone();
+        let written = note.clone();
+        blocking(move || {
+            std::fs::File::open(run.unfinished_state())?.sync_all()?;
+            std::fs::rename(run.unfinished_state(), run.state())?;
+            written.write(&run)
+        })
+        .await
+        .map_err(SuspendError::Durable)?;
+        self.note = note;
+        self.kill().await.map_err(SuspendError::Durable)?;
+        Ok(frozen)
+    }
+
+    /// A new control-channel session, after the old one was closed or broke.
+    pub async fn reconnect(&mut self) -> Result<(), StartError> {
+        self.agent = connect_agent(&self.run, &self.qmp).await?;
+        Ok(())
+    }
+
+    /// Makes QEMU and the guest's driver see the volume's present size.
+    ///
+    /// QEMU learns the size of an NBD export only when it connects, so the connection is closed; it comes back at once and repeats what was under way.
+    pub async fn announce_disk_size(&self, size_bytes: u64) -> Result<(), QmpError> {
+        self.exports.close_connections(VOLUME_EXPORT);
+        let deadline = Instant::now() + RESIZE_LIMIT;
+        loop {
+            let arguments = serde_json::json!({ "node-name": VOLUME_EXPORT, "size": size_bytes });
+            match self.qmp.run("block_resize", arguments).await {
+                Ok(_) => return Ok(()),
+                Err(error) if Instant::now() >= deadline => return Err(error),
+                Err(_not_connected_yet) => tokio::time::sleep(RESIZE_POLL).await,
+            }
+        }
+    }
+
+    /// Ends the process at once.
+    pub async fn kill(&self) -> io::Result<()> {
+        self.process.kill(KILL_LIMIT).await
+    }
+}
+
+/// Renames the state file away, for good, and brings memory back to tmpfs if the host was rebooted since.
+async fn spend_image(run: &RunDir) -> io::Result<()> {
+    let run = run.clone();
+    blocking(move || {
+        std::fs::rename(run.state(), run.spent_state())?;
+        files::sync_folder(&run.folder)?;
+        if !run.memory.exists() {
+            files::copy_sparse(&run.memory_on_disk(), &run.memory)?;
+        }
+        files::remove_if_there(&run.memory_on_disk())
+    })
+    .await
+}
+
+fn prepare_folder(run: &RunDir, uid: u32) -> io::Result<()> {
+    std::fs::create_dir_all(&run.folder)?;
+    if let Some(folder) = run.memory.parent() {
+        std::fs::create_dir_all(folder)?;
+    }
+    for socket in [run.qmp(), run.agent()] {
+        files::remove_if_there(&socket)?;
+    }
+    std::os::unix::fs::chown(&run.folder, Some(uid), Some(uid))
+}
+
+/// A fresh copy of the golden memory, or the sprite's own; readable by the VM's user.
+async fn prepare_memory(run: &RunDir, source: &Source<'_>, uid: u32) -> io::Result<()> {
+    let memory = run.memory.clone();
+    let spent = run.spent_state();
+    let golden = match source {
+        Source::Golden(golden) => Some(golden.memory.clone()),
+        Source::Suspended => None,
+    };
+    blocking(move || {
+        match golden {
+            Some(from) => drop(files::copy_sparse(&from, &memory)?),
+            None => std::os::unix::fs::chown(&spent, Some(uid), Some(uid))?,
+        }
+        std::os::unix::fs::chown(&memory, Some(uid), Some(uid))
+    })
+    .await
+}
+
+fn serve_disk(run: &RunDir, volume: Volume, uid: u32) -> Result<(ExportTable, NbdServer), StartError> {
+    let exports = ExportTable::default();
+    exports.insert(VOLUME_EXPORT, Export::Volume(volume));
+    let nbd = NbdServer::bind_for(&run.nbd(), exports.clone(), uid)
+        .map_err(|source| StartError::Prepare { what: "the disk server", source })?;
+    Ok((exports, nbd))
+}
+
+async fn spawn(resources: &Resources, spec: &JailSpec) -> io::Result<Process> {
+    let jailed = jail::spawn(&resources.config.sprited, spec).await?;
+    Process::watch(jailed.qemu_pid)
+}
+
+async fn connect_agent(run: &RunDir, qmp: &Qmp) -> Result<AgentClient, StartError> {
+    match AgentClient::connect(&run.agent(), AGENT_LIMIT).await {
+        Ok(agent) => Ok(agent),
+        Err(source) => {
+            let console = qmp.console_tail().await.unwrap_or_else(|error| format!("(no console: {error})"));
+            let from = console.char_indices().rev().nth(CONSOLE_TAIL_CHARS).map_or(0, |(at, _)| at);
+            Err(StartError::Agent { console: console[from..].to_owned(), source })
+        }
+    }
+}
+
+fn log_tail(spec: &JailSpec) -> String {
+    match std::fs::read_to_string(spec.log_path()) {
+        Ok(log) => log.lines().rev().take(10).collect::<Vec<_>>().into_iter().rev().collect::<Vec<_>>().join("\n"),
+        Err(error) => format!("(no log: {error})"),
+    }
+}
+
+/// Runs file operations off the async threads.
+pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send + 'static) -> io::Result<T> {
+    tokio::task::spawn_blocking(work).await.map_err(io::Error::other)?
+}

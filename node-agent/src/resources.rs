@@ -1,0 +1,156 @@
+//! What all VMs of a host share: settings, store, network, golden snapshots, slots.
+
+use std::{
+    collections::BTreeSet,
+    io,
+    os::fd::RawFd,
+    path::PathBuf,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use blockstore::store::{BaseId, Store};
+use proto::{
+    id::SpriteId,
+    record::SizeClass,
+};
+use tokio::sync::OnceCell;
+
+use crate::{
+    config::Config,
+    digest,
+    golden::{Golden, GoldenError},
+    jail::JailSpec,
+    net::{Network, SpriteNet},
+    process::RunDir,
+    qemu::MachineModel,
+};
+
+/// VMs one host can have, asleep ones not counted: each takes a network of four addresses and a user id.
+pub const SLOTS: u32 = 4096;
+/// First user id of the VMs; above what distributions and `adduser` give out.
+const UID_BASE: u32 = 1_500_000;
+
+/// Shared by every sprite task.
+#[derive(Debug)]
+pub struct Resources {
+    pub config: Config,
+    pub store: Arc<Store>,
+    pub base: BaseId,
+    pub network: Network,
+    pub slots: Slots,
+    /// Path of the QEMU binary.
+    pub qemu: PathBuf,
+    pub qemu_version: String,
+    pub kernel_digest: String,
+    pub goldens: [OnceCell<Golden>; 3],
+}
+
+impl Resources {
+    /// The golden snapshot of a size; made at first need.
+    pub async fn golden(&self, size: SizeClass) -> Result<&Golden, GoldenError> {
+        self.goldens[size as usize].get_or_try_init(|| Golden::ensure(self, size)).await
+    }
+
+    pub fn model(&self, size: SizeClass) -> MachineModel {
+        MachineModel {
+            accel: self.config.accel.clone(),
+            size,
+            qemu_version: self.qemu_version.clone(),
+            kernel_digest: self.kernel_digest.clone(),
+        }
+    }
+
+    pub fn golden_folder(&self) -> PathBuf {
+        self.config.data.join("golden")
+    }
+
+    pub fn vms_folder(&self) -> PathBuf {
+        self.config.data.join("vms")
+    }
+
+    pub fn run_dir(&self, id: SpriteId) -> RunDir {
+        RunDir { folder: self.vms_folder().join(id.to_string()), memory: self.config.memory.join(format!("{id}.mem")) }
+    }
+
+    pub fn uid(&self, slot: u32) -> u32 {
+        UID_BASE + slot
+    }
+
+    /// How a VM is locked up.
+    pub fn jail_spec(&self, run: &RunDir, slot: u32, args: Vec<String>, net: &SpriteNet, tap: RawFd) -> JailSpec {
+        let uid = self.uid(slot);
+        let _ = (uid, args, net, tap, run);
+        unimplemented_spec()
+    }
+
+    /// Whether the host has room for one more VM.
+    pub fn has_room(&self) -> bool {
+        self.free_memory_bytes() >= self.config.memory_reserve_bytes
+    }
+
+    /// What the kernel says could still be used without swapping.
+    pub fn free_memory_bytes(&self) -> u64 {
+        match available_memory() {
+            Ok(bytes) => bytes,
+            Err(error) => {
+                tracing::warn!(%error, "cannot read the free memory; VMs are started all the same");
+                u64::MAX
+            }
+        }
+    }
+}
+
+fn unimplemented_spec() -> JailSpec {
+    unreachable!()
+}
+
+fn available_memory() -> io::Result<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo")?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:")).unwrap_or_default();
+    let kib: u64 = line.trim().trim_end_matches(" kB").parse().map_err(io::Error::other)?;
+    Ok(kib << 10)
+}
+
+/// Digest of kernel and initramfs, for the snapshot's key.
+pub fn kernel_digest(config: &Config) -> io::Result<String> {
+    digest::of_files(&[&config.image.kernel, &config.image.initrd])
+}
+
+/// Numbers for networks and user ids of VMs that have a process.
+#[derive(Clone, Debug, Default)]
+pub struct Slots(Arc<Mutex<BTreeSet<u32>>>);
+
+/// A number that is free again when this is dropped.
+#[derive(Debug)]
+pub struct Slot {
+    number: u32,
+    slots: Slots,
+}
+
+impl Slots {
+    /// The lowest free number, or `None` when all [`SLOTS`] are taken.
+    pub fn take(&self) -> Option<Slot> {
+        let mut taken = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let number = (0..SLOTS).find(|number| !taken.contains(number))?;
+        taken.insert(number);
+        Some(Slot { number, slots: self.clone() })
+    }
+
+    /// A certain number, for a VM that already has it.
+    pub fn take_number(&self, number: u32) -> Option<Slot> {
+        let mut taken = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        taken.insert(number).then(|| Slot { number, slots: self.clone() })
+    }
+}
+
+impl Slot {
+    pub fn number(&self) -> u32 {
+        self.number
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        self.slots.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.number);
+    }
+}

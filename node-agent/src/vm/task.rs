@@ -1,0 +1,704 @@
+//! The owner of one sprite: the only task that touches its VM, its volume handle and its state.
+//!
+//! ```text
+//!  requests ──Command──▶ ┌──────────┐ ──step──▶ Vm (pure)
+//!  guest events ───────▶ │  owner   │ ◀─Change── 
+//!  process end ────────▶ │  task    │ ──spawn──▶ change::make ──▶ (Parts, Outcome) ──▶ Event::Settled
+//!  timers ─────────────▶ └──────────┘ ──watch──▶ SpriteStatus
+//! ```
+//!
+//! # Invariants
+//!
+//! 1. While a change is under way the parts are with it; the task only remembers.
+//! 2. Every reply channel is answered when its change settles, also when it fails.
+
+use std::{
+    collections::VecDeque,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use proto::{
+    agent::{Activity, GuestEvent, guest_event},
+    id::SpriteId,
+    node::SpriteStatus,
+    record::SpriteRecord,
+};
+use tokio::{
+    sync::{Notify, mpsc, oneshot, watch},
+    task::JoinHandle,
+    time::Instant,
+};
+
+use super::{
+    Change, Depth, Event, Refused, Settled, State, Vm,
+    change::{self, Outcome, Parts, chain},
+};
+use crate::{
+    host::{Running, WakeError},
+    preserve::{self, Preserved},
+    process::VmProcess,
+    resources::Resources,
+};
+
+/// Commands that may wait for one sprite; more and the caller waits.
+pub(crate) const COMMANDS_MAX: usize = 256;
+/// Requests that may wait for one wake; more are refused.
+const WAITING_MAX: usize = 1024;
+/// Events kept in the status.
+const EVENTS_KEPT: usize = 16;
+/// Numbers in the status are refreshed this often while something changes.
+const STATUS_PERIOD: Duration = Duration::from_secs(2);
+
+/// What others ask of a sprite's owner.
+#[derive(Debug)]
+pub(crate) enum Command {
+    Use { reply: oneshot::Sender<Result<Running, WakeError>> },
+    Sleep { depth: Depth, reply: oneshot::Sender<Result<SleepReport, OrderError>> },
+    Restore { checkpoint: String, reply: oneshot::Sender<Result<(), OrderError>> },
+    Reboot { reply: oneshot::Sender<Result<(), OrderError>> },
+    Destroy { reply: oneshot::Sender<Result<(), OrderError>> },
+    /// The record in the bucket changed.
+    Reload { record: Box<SpriteRecord> },
+    /// The volume has grown under the living VM.
+    AnnounceDiskSize { size_bytes: u64, reply: oneshot::Sender<Result<(), String>> },
+    Guest(Box<GuestEvent>),
+    ProcessEnded { pid: i32 },
+    AgentGone { pid: i32 },
+    /// The node agent is going away; the VM stays as it is.
+    Leave { reply: oneshot::Sender<()> },
+}
+
+/// Times of a sleep, by ruling 14.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SleepReport {
+    pub frozen: Duration,
+    /// From the order until memory and state were on the host's disk.
+    pub local: Duration,
+    /// From the order until disk and memory were in the bucket; zero when that was not asked for or not possible.
+    pub bucket: Duration,
+}
+
+/// Why an order was not carried out.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum OrderError {
+    #[error(transparent)]
+    Refused(#[from] Refused),
+    #[error("{0}")]
+    Failed(String),
+    #[error("a request woke the sprite before it was asleep")]
+    Interrupted,
+    #[error("the host is shutting down")]
+    ShuttingDown,
+}
+
+/// Handle to a sprite's owner task.
+#[derive(Clone, Debug)]
+pub(crate) struct SpriteHandle {
+    pub commands: mpsc::Sender<Command>,
+    pub status: watch::Receiver<SpriteStatus>,
+}
+
+/// Counts requests that ended without their having to wait for the owner.
+#[derive(Debug, Default)]
+struct Uses {
+    ended: AtomicU32,
+    changed: Notify,
+}
+
+/// Holds a sprite awake while it lives.
+#[derive(Debug)]
+pub struct UseGuard(Arc<Uses>);
+
+impl Drop for UseGuard {
+    fn drop(&mut self) {
+        self.0.ended.fetch_add(1, Ordering::Relaxed);
+        self.0.changed.notify_one();
+    }
+}
+
+struct SleepOrder {
+    depth: Depth,
+    begun: Instant,
+    frozen: Duration,
+    reply: oneshot::Sender<Result<SleepReport, OrderError>>,
+}
+
+struct Task {
+    resources: Arc<Resources>,
+    vm: Vm,
+    parts: Option<Parts>,
+    under_way: Option<JoinHandle<(Parts, Outcome)>>,
+    commands: mpsc::Receiver<Command>,
+    /// For the watchers this task starts.
+    own: mpsc::WeakSender<Command>,
+    uses: Arc<Uses>,
+    waiting: VecDeque<oneshot::Sender<Result<Running, WakeError>>>,
+    sleeping: Vec<SleepOrder>,
+    /// Who waits for a restore or reboot, in order, and for the destroy.
+    jobs: VecDeque<oneshot::Sender<Result<(), OrderError>>>,
+    destroying: Vec<oneshot::Sender<Result<(), OrderError>>>,
+    preserving: Option<JoinHandle<Preserved>>,
+    detached_output_bytes: u64,
+    status: watch::Sender<SpriteStatus>,
+    next_wake: Option<Instant>,
+    woke_by: &'static str,
+}
+
+/// Starts the owner of a sprite that is in `settled` with `parts`.
+pub(crate) fn spawn(resources: Arc<Resources>, parts: Parts, settled: Settled, reason: &str) -> SpriteHandle {
+    let (sender, commands) = mpsc::channel(COMMANDS_MAX);
+    let now = Instant::now();
+    let (idle, always_on) = parts.record.as_ref().map_or_else(Default::default, |record| (record.idle, record.always_on));
+    let first = SpriteStatus {
+        sprite_id: parts.id.to_string(),
+        reason: reason.to_owned(),
+        vcpus: parts.size.vcpus(),
+        memory_bytes: parts.size.memory_bytes(),
+        ..Default::default()
+    };
+    let (status, watch) = watch::channel(first);
+    let mut task = Task {
+        resources,
+        vm: Vm::new(settled, idle, always_on, now),
+        parts: Some(parts),
+        under_way: None,
+        commands,
+        own: sender.downgrade(),
+        uses: Arc::default(),
+        waiting: VecDeque::new(),
+        sleeping: Vec::new(),
+        jobs: VecDeque::new(),
+        destroying: Vec::new(),
+        preserving: None,
+        detached_output_bytes: 0,
+        status,
+        next_wake: None,
+        woke_by: "none",
+    };
+    task.plan_wake();
+    task.watch_process();
+    task.publish();
+    tokio::spawn(task.run());
+    SpriteHandle { commands: sender, status: watch }
+}
+
+impl Task {
+    async fn run(mut self) {
+        self.step(Event::Tick);
+        let mut refresh = tokio::time::interval(STATUS_PERIOD);
+        refresh.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            let deadline = [self.vm.deadline(), self.next_wake].into_iter().flatten().min();
+            let uses = Arc::clone(&self.uses);
+            tokio::select! {
+                command = self.commands.recv() => match command {
+                    Some(Command::Leave { reply }) => return self.leave(reply).await,
+                    Some(command) => self.command(command).await,
+                    None => return,
+                },
+                done = ended(&mut self.under_way) => self.settled(done).await,
+                preserved = ended(&mut self.preserving) => self.preserved(preserved),
+                () = uses.changed.notified() => self.released(),
+                () = until(deadline) => self.timer(),
+                _ = refresh.tick() => self.publish_numbers(),
+            }
+            if *self.vm.state() == State::Destroyed {
+                self.publish();
+                return;
+            }
+        }
+    }
+
+    async fn command(&mut self, command: Command) {
+        match command {
+            Command::Use { reply } => self.begin_use(reply),
+            Command::Sleep { depth, reply } => self.order_sleep(depth, reply),
+            Command::Restore { checkpoint, reply } => self.order_job(Event::RestoreOrdered { checkpoint }, reply),
+            Command::Reboot { reply } => self.order_job(Event::RebootOrdered, reply),
+            Command::Destroy { reply } => {
+                self.destroying.push(reply);
+                self.step(Event::DestroyOrdered);
+            }
+            Command::Reload { record } => self.reload(*record),
+            Command::AnnounceDiskSize { size_bytes, reply } => send(reply, self.announce_disk_size(size_bytes).await),
+            Command::Guest(event) => self.guest(*event),
+            Command::ProcessEnded { pid } => self.process_ended(pid).await,
+            Command::AgentGone { pid } => self.agent_gone(pid).await,
+            Command::Leave { .. } => unreachable!("handled by the loop"),
+        }
+    }
+
+    /// Feeds one event to the state machine and begins what it asks for.
+    fn step(&mut self, event: Event) -> bool {
+        match self.vm.step(event, Instant::now()) {
+            Ok(Some(change)) => {
+                self.begin(change);
+                true
+            }
+            Ok(None) => true,
+            Err(refused) => {
+                tracing::debug!(%refused, "event refused");
+                false
+            }
+        }
+    }
+
+    fn begin(&mut self, change: Change) {
+        let parts = self.parts.take().expect("parts are here while no change is under way");
+        let why = self.why(&change);
+        tracing::info!(sprite = %parts.id, ?change, why, "change begins");
+        let resources = Arc::clone(&self.resources);
+        // A wake during a push aborts the push first (ruling 2).
+        let preserving = self.preserving.take();
+        self.under_way = Some(tokio::spawn(async move {
+            if let Some(preserving) = preserving {
+                preserving.abort();
+                drop(preserving.await);
+            }
+            change::make(resources, parts, change, why).await
+        }));
+        self.publish();
+    }
+
+    fn why(&self, change: &Change) -> String {
+        let idle = self.vm.last_active().elapsed().as_secs();
+        match change {
+            Change::Pause | Change::Suspend | Change::GoCold if !self.sleeping.is_empty() => "put to sleep by order".into(),
+            Change::Pause | Change::Suspend | Change::GoCold => format!("idle for {idle} s"),
+            Change::Unpause
+            | Change::Resume
+            | Change::Boot
+            | Change::Restore { .. }
+            | Change::Reboot
+            | Change::Destroy => String::new(),
+        }
+    }
+
+    async fn settled(&mut self, done: Result<(Parts, Outcome), tokio::task::JoinError>) {
+        let (parts, outcome) = match done {
+            Ok(done) => done,
+            Err(error) => {
+                // A panic in a change is a bug of ours; the VM may still run, but nobody holds it any more. The next start of the node agent finds it.
+                tracing::error!(%error, "a change of a sprite panicked");
+                self.fail_everybody("internal error; see the node agent's log");
+                return;
+            }
+        };
+        tracing::info!(sprite = %parts.id, settled = ?outcome.settled, reason = outcome.reason, error = outcome.error, "change ended");
+        self.parts = Some(parts);
+        self.watch_process();
+        self.woke_by = outcome.resumed.unwrap_or("none");
+        self.note(&outcome);
+        let was_job = matches!(self.vm.state(), State::Changing(Change::Restore { .. } | Change::Reboot));
+        self.step(Event::Settled(outcome.settled));
+        self.answer(&outcome, was_job);
+        if self.parts.is_some() && outcome.settled == Settled::Suspended {
+            self.begin_preserving();
+        }
+        self.publish();
+    }
+
+    fn answer(&mut self, outcome: &Outcome, was_job: bool) {
+        let failure = outcome.error.clone();
+        if was_job && let Some(reply) = self.jobs.pop_front() {
+            send(reply, failure.clone().map_or(Ok(()), |error| Err(OrderError::Failed(error))));
+        }
+        for order in &mut self.sleeping {
+            order.frozen = outcome.frozen.unwrap_or(order.frozen);
+        }
+        match outcome.settled {
+            Settled::Running => {
+                self.answer_waiting();
+                let interrupted = failure.map_or(OrderError::Interrupted, OrderError::Failed);
+                for order in self.sleeping.drain(..) {
+                    send(order.reply, Err(interrupted.clone()));
+                }
+            }
+            Settled::Failed => self.fail_everybody(&outcome.reason.clone()),
+            Settled::Paused | Settled::Cold => self.finish_sleep(outcome.settled, failure),
+            Settled::Suspended => {
+                if let Some(error) = failure {
+                    for order in self.sleeping.drain(..) {
+                        send(order.reply, Err(OrderError::Failed(error.clone())));
+                    }
+                }
+            }
+            Settled::Destroyed => {
+                for reply in self.destroying.drain(..) {
+                    send(reply, Ok(()));
+                }
+                self.fail_everybody("the sprite is destroyed");
+            }
+        }
+    }
+
+    /// Orders that are fulfilled by this state; deeper ones go on waiting.
+    fn finish_sleep(&mut self, settled: Settled, failure: Option<String>) {
+        let reached = if settled == Settled::Cold { Depth::Cold } else { Depth::Paused };
+        let (done, waiting): (Vec<_>, Vec<_>) = self.sleeping.drain(..).partition(|order| order.depth <= reached);
+        self.sleeping = waiting;
+        for order in done {
+            let elapsed = order.begun.elapsed();
+            let bucket = if reached == Depth::Cold { elapsed } else { Duration::ZERO };
+            let report = SleepReport { frozen: order.frozen, local: elapsed, bucket };
+            send(order.reply, failure.clone().map_or(Ok(report), |error| Err(OrderError::Failed(error))));
+        }
+    }
+
+    fn fail_everybody(&mut self, reason: &str) {
+        let sprite = self.id();
+        for reply in self.waiting.drain(..) {
+            send(reply, Err(WakeError::Failed { sprite, reason: reason.to_owned() }));
+        }
+        let failed = || OrderError::Failed(reason.to_owned());
+        for reply in self.jobs.drain(..).chain(self.destroying.drain(..)) {
+            send(reply, Err(failed()));
+        }
+        for order in self.sleeping.drain(..) {
+            send(order.reply, Err(failed()));
+        }
+    }
+
+    fn begin_use(&mut self, reply: oneshot::Sender<Result<Running, WakeError>>) {
+        let sprite = self.id();
+        if self.waiting.len() >= WAITING_MAX {
+            return send(reply, Err(WakeError::NoCapacity(sprite)));
+        }
+        let was_running = *self.vm.state() == State::Running;
+        if self.vm.step(Event::Used, Instant::now()).map(|change| change.map(|change| self.begin(change))).is_err() {
+            return send(reply, Err(WakeError::NotHere(sprite)));
+        }
+        self.waiting.push_back(reply);
+        if was_running && *self.vm.state() == State::Running {
+            self.woke_by = "none";
+            self.answer_waiting();
+        }
+    }
+
+    fn answer_waiting(&mut self) {
+        let Some(process) = self.parts.as_ref().and_then(|parts| parts.process.as_ref()) else { return };
+        for reply in self.waiting.drain(..) {
+            let running = Running {
+                agent: process.agent.clone(),
+                net: Arc::clone(&process.net),
+                was: self.woke_by,
+                guard: UseGuard(Arc::clone(&self.uses)),
+            };
+            // A caller that is gone drops its guard here, which releases the use.
+            send(reply, Ok(running));
+        }
+    }
+
+    fn released(&mut self) {
+        for _ in 0..self.uses.ended.swap(0, Ordering::Relaxed) {
+            self.step(Event::Released);
+        }
+    }
+
+    fn order_sleep(&mut self, depth: Depth, reply: oneshot::Sender<Result<SleepReport, OrderError>>) {
+        if self.asleep_as_deep_as(depth) {
+            return send(reply, Ok(SleepReport::default()));
+        }
+        self.sleeping.push(SleepOrder { depth, begun: Instant::now(), frozen: Duration::ZERO, reply });
+        self.step(Event::SleepOrdered(depth));
+    }
+
+    fn asleep_as_deep_as(&self, depth: Depth) -> bool {
+        match self.vm.state() {
+            State::Paused => depth <= Depth::Paused,
+            State::Suspended => depth <= Depth::Suspended,
+            State::Cold | State::Failed => true,
+            State::Creating | State::Running | State::Changing(_) | State::Destroyed => false,
+        }
+    }
+
+    fn order_job(&mut self, event: Event, reply: oneshot::Sender<Result<(), OrderError>>) {
+        match self.vm.step(event, Instant::now()) {
+            Ok(change) => {
+                self.jobs.push_back(reply);
+                if let Some(change) = change {
+                    self.begin(change);
+                }
+            }
+            Err(refused) => send(reply, Err(refused.into())),
+        }
+    }
+
+    fn reload(&mut self, record: SpriteRecord) {
+        let event = Event::PolicyChanged { idle: record.idle, always_on: record.always_on };
+        if let Some(parts) = &mut self.parts {
+            parts.record = Some(record);
+        }
+        self.plan_wake();
+        self.step(event);
+        self.publish();
+    }
+
+    fn timer(&mut self) {
+        if self.next_wake.is_some_and(|at| Instant::now() >= at) {
+            self.step(Event::Used);
+            self.step(Event::Released);
+            self.plan_wake();
+        }
+        self.step(Event::Tick);
+    }
+
+    /// The next time the record says to wake; times that are past are over.
+    fn plan_wake(&mut self) {
+        let record = self.parts.as_ref().and_then(|parts| parts.record.as_ref());
+        self.next_wake = record.and_then(|record| {
+            let now = jiff::Timestamp::now();
+            let once = record.wake_at.iter().copied().filter(|at| *at > now).min();
+            let delay = once.and_then(|at| Duration::try_from(at.duration_since(now)).ok());
+            let every = record.wake_every_ms.filter(|ms| *ms > 0).map(Duration::from_millis);
+            [delay, every].into_iter().flatten().min().map(|delay| Instant::now() + delay)
+        });
+    }
+
+    fn guest(&mut self, event: GuestEvent) {
+        match event.event {
+            Some(guest_event::Event::Activity(activity)) => self.activity(&activity),
+            Some(guest_event::Event::Ended(ended)) => {
+                tracing::info!(sprite = %self.id(), reason = ended.reason, "the environment ended inside; starting it again");
+                self.restart_environment();
+            }
+            // Requests of programs inside are answered by `inside`, not by the owner.
+            Some(guest_event::Event::Request(_)) | None => {}
+        }
+    }
+
+    fn activity(&mut self, activity: &Activity) {
+        let now_ms = unix_ms(SystemTime::now());
+        let busy = activity.attached_sessions > 0 || activity.tasks_until_unix_ms > now_ms;
+        self.step(Event::Busy(busy));
+        if activity.detached_output_bytes > self.detached_output_bytes {
+            self.step(Event::Active);
+        }
+        self.detached_output_bytes = activity.detached_output_bytes;
+    }
+
+    fn restart_environment(&self) {
+        let Some(agent) = self.parts.as_ref().and_then(|parts| parts.process.as_ref()).map(|process| process.agent.clone()) else {
+            return;
+        };
+        tokio::spawn(async move {
+            if let Err(error) = change::start_environment(&agent).await {
+                tracing::warn!(error = chain(&error), "the environment does not start again");
+            }
+        });
+    }
+
+    async fn announce_disk_size(&self, size_bytes: u64) -> Result<(), String> {
+        let process = self.parts.as_ref().and_then(|parts| parts.process.as_ref()).ok_or("it is not running")?;
+        process.announce_disk_size(size_bytes).await.map_err(|error| chain(&error))
+    }
+
+    async fn process_ended(&mut self, pid: i32) {
+        if !self.owns(pid) {
+            return;
+        }
+        tracing::warn!(sprite = %self.id(), pid, "QEMU ended by itself");
+        self.drop_process("its VM ended by itself: the guest was shut down, crashed, or QEMU was killed").await;
+    }
+
+    /// The control channel broke although QEMU lives: a new connection, or the VM is of no use.
+    async fn agent_gone(&mut self, pid: i32) {
+        if !self.owns(pid) || *self.vm.state() != State::Running {
+            return;
+        }
+        let Some(process) = self.parts.as_mut().and_then(|parts| parts.process.as_mut()) else { return };
+        match process.reconnect().await {
+            Ok(()) => self.watch_process(),
+            Err(error) => {
+                tracing::warn!(sprite = %self.id(), error = chain(&error), "the guest agent does not come back");
+                self.drop_process("the agent inside its VM does not answer any more").await;
+            }
+        }
+    }
+
+    fn owns(&self, pid: i32) -> bool {
+        let process = self.parts.as_ref().and_then(|parts| parts.process.as_ref());
+        process.is_some_and(|process| process.process.pid() == pid)
+    }
+
+    async fn drop_process(&mut self, reason: &str) {
+        if let Some(parts) = &mut self.parts {
+            change::end_process(parts).await;
+        }
+        let event = format!("memory lost: {reason}");
+        self.status.send_modify(|status| {
+            reason.clone_into(&mut status.reason);
+            push_event(status, event);
+        });
+        self.step(Event::ProcessDied);
+        self.fail_everybody(reason);
+        self.publish();
+    }
+
+    /// Tells this task when the process or the control channel ends, and what the guest reports.
+    fn watch_process(&mut self) {
+        let Some(process) = self.parts.as_ref().and_then(|parts| parts.process.as_ref()) else { return };
+        let Some(own) = self.own.upgrade() else { return };
+        watch_process(process, own, Arc::clone(&self.resources));
+    }
+
+    fn begin_preserving(&mut self) {
+        let Some(parts) = &self.parts else { return };
+        let (Some(image), Some(volume)) = (parts.image.clone(), parts.volume.clone()) else { return };
+        let resources = Arc::clone(&self.resources);
+        self.preserving = Some(tokio::spawn(preserve::preserve(resources, image, volume)));
+    }
+
+    fn preserved(&mut self, preserved: Result<Preserved, tokio::task::JoinError>) {
+        let Ok(preserved) = preserved else { return };
+        let (done, waiting): (Vec<_>, Vec<_>) = self.sleeping.drain(..).partition(|order| order.depth <= Depth::Suspended);
+        self.sleeping = waiting;
+        for order in done {
+            let before = order.begun.elapsed().saturating_sub(preserved.total);
+            let report = SleepReport {
+                frozen: order.frozen,
+                local: before + preserved.local,
+                bucket: preserved.bucket.map_or(Duration::ZERO, |bucket| before + bucket),
+            };
+            send(order.reply, preserved.error.clone().map_or(Ok(report), |error| Err(OrderError::Failed(error))));
+        }
+        self.publish();
+    }
+
+    async fn leave(mut self, reply: oneshot::Sender<()>) {
+        if let Some(under_way) = self.under_way.take()
+            && let Ok((parts, _)) = under_way.await
+        {
+            self.parts = Some(parts);
+        }
+        if let Some(volume) = self.parts.as_ref().and_then(|parts| parts.volume.clone()) {
+            volume.close().await;
+        }
+        send(reply, ());
+    }
+
+    fn id(&self) -> SpriteId {
+        self.parts.as_ref().map_or_else(|| parse_id(&self.status.borrow().sprite_id), |parts| parts.id)
+    }
+
+    fn note(&self, outcome: &Outcome) {
+        self.status.send_modify(|status| {
+            status.reason.clone_from(&outcome.reason);
+            if let Some(resumed) = outcome.resumed {
+                resumed.clone_into(&mut status.resumed);
+            }
+            if let Some(event) = &outcome.event {
+                push_event(status, event.clone());
+            }
+        });
+    }
+
+    fn publish(&self) {
+        let since = SystemTime::now() - self.vm.since().elapsed();
+        let active = SystemTime::now() - self.vm.last_active().elapsed();
+        self.status.send_modify(|status| {
+            let state = self.vm.state().as_str();
+            if status.state != state {
+                status.since_unix_ms = unix_ms(since);
+                match self.vm.state() {
+                    State::Running => status.last_running_unix_ms = unix_ms(since),
+                    State::Paused | State::Suspended => status.last_warming_unix_ms = unix_ms(since),
+                    State::Creating | State::Cold | State::Changing(_) | State::Failed | State::Destroyed => {}
+                }
+                state.clone_into(&mut status.state);
+            }
+            status.last_active_unix_ms = unix_ms(active);
+            if let Some(parts) = &self.parts {
+                fill(status, parts);
+            }
+        });
+    }
+
+    /// Numbers move all the time; only a change of them is worth waking the watchers for.
+    fn publish_numbers(&self) {
+        let Some(parts) = &self.parts else { return };
+        self.status.send_if_modified(|status| {
+            let before = (status.used_bytes, status.unpushed_bytes, status.generation);
+            fill(status, parts);
+            before != (status.used_bytes, status.unpushed_bytes, status.generation)
+        });
+    }
+}
+
+fn fill(status: &mut SpriteStatus, parts: &Parts) {
+    if let Some(record) = &parts.record {
+        status.name = record.name.to_string();
+        status.org.clone_from(&record.org);
+        status.disk_bytes = record.disk_bytes;
+    }
+    status.qemu_pid = parts.process.as_ref().map_or(0, |process| process.process.pid().unsigned_abs());
+    if let Some(volume) = &parts.volume {
+        let numbers = volume.status();
+        status.disk_bytes = volume.size_bytes();
+        status.used_bytes = numbers.used_bytes;
+        status.unpushed_bytes = numbers.unpushed_bytes;
+        status.watermark_unix_ms = numbers.watermark_unix_ms;
+        status.generation = numbers.generation.0;
+        status.epoch = numbers.epoch.0;
+    }
+}
+
+fn push_event(status: &mut SpriteStatus, event: String) {
+    status.events.push(format!("{} {event}", jiff::Timestamp::now().round(jiff::Unit::Second).unwrap_or_default()));
+    let surplus = status.events.len().saturating_sub(EVENTS_KEPT);
+    status.events.drain(..surplus);
+}
+
+/// Watchers of one process; they end by themselves with it.
+fn watch_process(process: &VmProcess, own: mpsc::Sender<Command>, resources: Arc<Resources>) {
+    let pid = process.process.pid();
+    let (handle, sender) = (Arc::clone(&process.process), own.clone());
+    tokio::spawn(async move {
+        handle.ended().await;
+        // The owner may be gone; then nobody cares.
+        drop(sender.send(Command::ProcessEnded { pid }).await);
+    });
+    let agent = process.agent.clone();
+    let sprite = process.note.sprite;
+    tokio::spawn(async move {
+        crate::inside::serve(&resources, sprite, agent, &own).await;
+        drop(own.send(Command::AgentGone { pid }).await);
+    });
+}
+
+/// Waits for a task that may not be there; then for ever.
+async fn ended<T>(task: &mut Option<JoinHandle<T>>) -> Result<T, tokio::task::JoinError> {
+    match task {
+        Some(handle) => {
+            let done = handle.await;
+            *task = None;
+            done
+        }
+        None => std::future::pending().await,
+    }
+}
+
+async fn until(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => tokio::time::sleep_until(deadline).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// The other side may have gone away, which is its right.
+fn send<T>(reply: oneshot::Sender<T>, value: T) {
+    drop(reply.send(value));
+}
+
+fn parse_id(text: &str) -> SpriteId {
+    text.parse().unwrap_or_else(|_| SpriteId::from_uuid(uuid::Uuid::nil()))
+}
+
+pub(crate) fn unix_ms(time: SystemTime) -> u64 {
+    let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}

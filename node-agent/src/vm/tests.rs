@@ -1,0 +1,187 @@
+use proptest::prelude::*;
+
+use super::*;
+
+fn at(start: Instant, seconds: u64) -> Instant {
+    start + Duration::from_secs(seconds)
+}
+
+fn running(now: Instant) -> Vm {
+    Vm::new(Settled::Running, IdlePolicy::default(), false, now)
+}
+
+#[test]
+fn an_unused_sprite_goes_down_step_by_step() {
+    let start = Instant::now();
+    let mut vm = running(start);
+    assert_eq!(vm.step(Event::Tick, at(start, 29)), Ok(None));
+    assert_eq!(vm.step(Event::Tick, at(start, 30)), Ok(Some(Change::Pause)));
+    assert_eq!(vm.step(Event::Settled(Settled::Paused), at(start, 30)), Ok(None));
+    assert_eq!(vm.step(Event::Tick, at(start, 60)), Ok(Some(Change::Suspend)));
+    assert_eq!(vm.step(Event::Settled(Settled::Suspended), at(start, 61)), Ok(None));
+    assert_eq!(vm.step(Event::Tick, at(start, 660)), Ok(None));
+    assert_eq!(vm.step(Event::Tick, at(start, 661)), Ok(Some(Change::GoCold)));
+    assert_eq!(vm.step(Event::Settled(Settled::Cold), at(start, 662)), Ok(None));
+    assert_eq!(vm.step(Event::Used, at(start, 700)), Ok(Some(Change::Boot)));
+}
+
+#[test]
+fn a_request_holds_it_awake_and_the_clock_starts_when_it_ends() {
+    let start = Instant::now();
+    let mut vm = running(start);
+    vm.step(Event::Used, at(start, 1)).unwrap();
+    assert_eq!(vm.step(Event::Tick, at(start, 1000)), Ok(None));
+    vm.step(Event::Released, at(start, 1000)).unwrap();
+    assert_eq!(vm.step(Event::Tick, at(start, 1029)), Ok(None));
+    assert_eq!(vm.step(Event::Tick, at(start, 1030)), Ok(Some(Change::Pause)));
+}
+
+#[test]
+fn a_request_during_the_pause_wakes_it_right_after() {
+    let start = Instant::now();
+    let mut vm = running(start);
+    assert_eq!(vm.step(Event::Tick, at(start, 30)), Ok(Some(Change::Pause)));
+    assert_eq!(vm.step(Event::Used, at(start, 30)), Ok(None));
+    assert_eq!(vm.step(Event::Settled(Settled::Paused), at(start, 31)), Ok(Some(Change::Unpause)));
+}
+
+#[test]
+fn an_order_to_sleep_beats_open_connections_until_the_next_request() {
+    let start = Instant::now();
+    let mut vm = running(start);
+    vm.step(Event::Used, at(start, 1)).unwrap();
+    assert_eq!(vm.step(Event::SleepOrdered(Depth::Cold), at(start, 2)), Ok(Some(Change::GoCold)));
+    assert_eq!(vm.step(Event::Settled(Settled::Cold), at(start, 3)), Ok(None));
+    assert_eq!(vm.step(Event::Tick, at(start, 4000)), Ok(None));
+    assert_eq!(vm.step(Event::Used, at(start, 4001)), Ok(Some(Change::Boot)));
+}
+
+#[test]
+fn always_on_never_sleeps_by_itself_and_wakes_by_itself() {
+    let start = Instant::now();
+    let mut vm = Vm::new(Settled::Cold, IdlePolicy::default(), true, start);
+    assert_eq!(vm.step(Event::Tick, start), Ok(Some(Change::Boot)));
+    vm.step(Event::Settled(Settled::Running), at(start, 1)).unwrap();
+    assert_eq!(vm.step(Event::Tick, at(start, 100_000)), Ok(None));
+}
+
+#[test]
+fn never_means_never() {
+    let start = Instant::now();
+    let idle = IdlePolicy { pause_after_ms: None, ..IdlePolicy::default() };
+    let mut vm = Vm::new(Settled::Running, idle, false, start);
+    assert_eq!(vm.step(Event::Tick, at(start, 1_000_000)), Ok(None));
+    assert_eq!(vm.deadline(), None);
+}
+
+#[test]
+fn a_dead_process_is_booted_by_the_next_request_only() {
+    let start = Instant::now();
+    let mut vm = running(start);
+    assert_eq!(vm.step(Event::ProcessDied, at(start, 1)), Ok(None));
+    assert_eq!(*vm.state(), State::Failed);
+    assert_eq!(vm.step(Event::Tick, at(start, 1000)), Ok(None));
+    assert_eq!(vm.step(Event::Used, at(start, 1001)), Ok(Some(Change::Boot)));
+}
+
+#[test]
+fn only_one_restore_waits() {
+    let start = Instant::now();
+    let mut vm = running(start);
+    let order = |n: &str| Event::RestoreOrdered { checkpoint: n.into() };
+    assert_eq!(vm.step(order("v1"), start), Ok(Some(Change::Restore { checkpoint: "v1".into() })));
+    assert_eq!(vm.step(order("v2"), start), Ok(None));
+    assert_eq!(vm.step(order("v3"), start), Err(Refused::JobPending));
+    let second = vm.step(Event::Settled(Settled::Running), start);
+    assert_eq!(second, Ok(Some(Change::Restore { checkpoint: "v2".into() })));
+}
+
+/// What the owner task could report for a change.
+fn outcomes(change: &Change) -> Vec<Settled> {
+    match change {
+        Change::Pause => vec![Settled::Paused, Settled::Running, Settled::Failed],
+        Change::Unpause | Change::Boot | Change::Reboot | Change::Resume => vec![Settled::Running, Settled::Failed],
+        Change::Suspend => vec![Settled::Suspended, Settled::Running, Settled::Failed],
+        Change::GoCold => vec![Settled::Cold, Settled::Suspended, Settled::Failed],
+        Change::Restore { .. } => vec![Settled::Running, Settled::Cold, Settled::Failed],
+        Change::Destroy => vec![Settled::Destroyed, Settled::Failed],
+    }
+}
+
+fn any_event() -> impl Strategy<Value = Event> {
+    prop_oneof![
+        4 => Just(Event::Used),
+        4 => Just(Event::Released),
+        2 => any::<bool>().prop_map(Event::Busy),
+        1 => Just(Event::Active),
+        1 => prop_oneof![Just(Depth::Paused), Just(Depth::Suspended), Just(Depth::Cold)].prop_map(Event::SleepOrdered),
+        1 => Just(Event::RestoreOrdered { checkpoint: "v1".into() }),
+        1 => Just(Event::RebootOrdered),
+        1 => Just(Event::ProcessDied),
+        1 => Just(Event::DestroyOrdered),
+        6 => Just(Event::Tick),
+    ]
+}
+
+/// A change may only begin in a state it is defined for.
+fn allowed_from(change: &Change, from: &State) -> bool {
+    match change {
+        Change::Pause => *from == State::Running,
+        Change::Unpause => *from == State::Paused,
+        Change::Suspend => matches!(from, State::Running | State::Paused),
+        Change::Resume => *from == State::Suspended,
+        Change::Boot => matches!(from, State::Cold | State::Failed),
+        Change::GoCold => matches!(from, State::Running | State::Paused | State::Suspended),
+        Change::Restore { .. } | Change::Reboot | Change::Destroy => {
+            !matches!(from, State::Creating | State::Changing(_) | State::Destroyed)
+        }
+    }
+}
+
+proptest! {
+    /// Random events and outcomes: one change at a time, each from a legal state; destroyed stays destroyed; a used sprite comes up.
+    #[test]
+    fn the_machine_keeps_its_promises(
+        events in proptest::collection::vec((any_event(), 0u64..120, any::<prop::sample::Index>()), 1..200),
+    ) {
+        let start = Instant::now();
+        let mut now = start;
+        let mut vm = running(now);
+        let mut under_way: Option<Change> = None;
+        for (event, seconds, pick) in events {
+            now += Duration::from_secs(seconds);
+            // Every other step the change under way ends somewhere.
+            if let Some(change) = under_way.take() {
+                let settled = *pick.get(&outcomes(&change));
+                let before = State::from(settled);
+                let next = vm.step(Event::Settled(settled), now).expect("a change was under way");
+                if let Some(next) = next {
+                    prop_assert!(allowed_from(&next, &before), "{next:?} from {before:?}");
+                    under_way = Some(next);
+                }
+                continue;
+            }
+            let before = vm.state().clone();
+            match vm.step(event, now) {
+                Ok(Some(change)) => {
+                    // The process may have died in the same step.
+                    prop_assert!(allowed_from(&change, &before) || allowed_from(&change, &State::Failed), "{change:?} from {before:?}");
+                    under_way = Some(change);
+                }
+                Ok(None) => {}
+                Err(refused) => prop_assert!(refused == Refused::Destroyed || refused == Refused::JobPending),
+            }
+            prop_assert!(before != State::Destroyed || *vm.state() == State::Destroyed);
+        }
+        // A new request brings it up within a few successful changes, unless it is to be destroyed.
+        let mut change = under_way;
+        if let Ok(Some(next)) = vm.step(Event::Used, now) {
+            change = Some(next);
+        }
+        for _ in 0..4 {
+            let Some(done) = change.take() else { break };
+            change = vm.step(Event::Settled(outcomes(&done)[0]), now).expect("a change was under way");
+        }
+        prop_assert!(matches!(vm.state(), State::Running | State::Destroyed), "{vm:?}");
+    }
+}
