@@ -7,14 +7,16 @@ STOP_S=60
 
 while read -r _; do :; done
 
-# Processes that have the private folder, or this instance's memory folder, in their command line or as their root. Only ours do.
+# Processes that have the private folder, or this instance's memory folder, in their command line or as their root: only ours do. Not this
+# script, which is told the folder as well.
 ours() {
-  local process
+  local process command
   for process in /proc/[0-9]*; do
-    if tr '\0' ' ' <"$process/cmdline" 2>/dev/null | grep -q -F -e "$folder" -e "/dev/shm/sprites-$instance" ||
-      readlink "$process/root" 2>/dev/null | grep -q -F -e "$folder" -e "/dev/shm/sprites-$instance"; then
-      [ "${process#/proc/}" = $$ ] || echo "${process#/proc/}"
-    fi
+    command=$(tr '\0' ' ' <"$process/cmdline" 2>/dev/null) || continue
+    case "$command $(readlink "$process/root" 2>/dev/null)" in
+      *reaper.sh*) ;;
+      *"$folder"* | *"/dev/shm/sprites-$instance"*) echo "${process#/proc/}" ;;
+    esac
   done
 }
 
@@ -26,13 +28,9 @@ if [ -e "$folder/lock" ] && ! flock -n -s "$folder/lock" true; then
     sleep 0.2
   done
 fi
-for pid in $(ours); do
-  [ "$pid" = $$ ] || [ "$pid" = $BASHPID ] || kill -KILL "$pid" 2>/dev/null
-done
-for namespace in $(ip netns list 2>/dev/null | awk '{ print $1 }' | grep "^$instance-"); do ip netns delete "$namespace"; done
-nft list tables 2>/dev/null | awk -v prefix="$instance" '$3 ~ "^" prefix "[-_]" { print $2, $3 }' | while read -r family table; do
-  nft delete table "$family" "$table"
-done
+for pid in $(ours); do kill -KILL "$pid" 2>/dev/null; done
+for namespace in $(ip netns list 2>/dev/null | awk '{ print $1 }' | grep "^spr$instance-"); do ip netns delete "$namespace"; done
+nft delete table inet "sprites$instance" 2>/dev/null
 mounts=$(awk '{ print $2 }' /proc/mounts | grep -F -e "$folder" | sort -r)
 for mount in $mounts; do umount -l "$mount"; done
 rm -rf "$folder" "/dev/shm/sprites-$instance"

@@ -15,7 +15,7 @@ pub(crate) const DATA_DEFAULT: &str = "/var/lib/sprites";
 const PORT_DEFAULT: u16 = 8443;
 const DOMAIN_DEFAULT: &str = "sprites.localhost";
 const API_HOST_DEFAULT: &str = "api.localhost";
-const INSTANCE_DEFAULT: &str = "sp";
+const INSTANCE_DEFAULT: &str = "dev";
 /// The node agent puts the instance in front of interface names, of which the kernel allows 15 characters.
 const INSTANCE_LEN_MAX: usize = 4;
 const ORG_DEFAULT: &str = "local";
@@ -50,7 +50,7 @@ pub(crate) struct Settings {
     /// Host name of the API [default: api.localhost]
     #[arg(long)]
     api_host: Option<String>,
-    /// Keeps the network names of several clusters on one machine apart; at most 4 letters or digits [default: sp]
+    /// Keeps the network names of several clusters on one machine apart; at most 4 letters or digits [default: dev]
     #[arg(long)]
     instance: Option<String>,
     /// Folder with `vmlinux`, `initrd`, `rootfs.ext4` and `rootfs.digest`, as `./dev` builds it.
