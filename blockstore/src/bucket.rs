@@ -150,7 +150,9 @@ impl fmt::Display for Cause {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Unavailable => "the bucket does not answer properly; check that it is up and reachable",
-            Self::Denied => "the bucket refuses our credentials or file permissions; grant read, write, delete and list",
+            Self::Denied => {
+                "the bucket refuses our credentials or file permissions; grant read, write, delete and list"
+            }
             Self::ReadOnly => "the bucket is read-only; make it writable",
             Self::NoSpace => "the bucket is full; free space or raise its quota",
             Self::Damaged => "the object is damaged; restore it from a copy of the bucket",
@@ -185,7 +187,9 @@ pub enum BucketError {
 impl BucketError {
     pub fn retry(&self) -> Retry {
         match self {
-            Self::InvalidKey { .. } | Self::TooLarge { .. } | Self::Missing { .. } | Self::TooMany { .. } => Retry::Never,
+            Self::InvalidKey { .. } | Self::TooLarge { .. } | Self::Missing { .. } | Self::TooMany { .. } => {
+                Retry::Never
+            }
             Self::Truncated { .. } => Retry::Soon,
             Self::Store { cause, .. } => match cause {
                 Cause::Unavailable | Cause::Other => Retry::Soon,

@@ -17,8 +17,8 @@
 //!    reconnects sends its unanswered writes again; an old copy that lands later would undo newer data.
 //! 5. Transient trouble stalls a request; EIO is for data proven lost (ruling 17).
 
-mod connection;
 pub mod codec;
+mod connection;
 mod export;
 mod memory;
 pub mod options;

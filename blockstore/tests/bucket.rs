@@ -23,11 +23,8 @@ async fn s3_server(faults: Faults) -> Server {
 }
 
 async fn open_s3(server: &Server) -> Result<Bucket, OpenError> {
-    let credentials = Credentials {
-        access_key_id: "test".to_owned(),
-        secret_access_key: "testtest".to_owned(),
-        session_token: None,
-    };
+    let credentials =
+        Credentials { access_key_id: "test".to_owned(), secret_access_key: "testtest".to_owned(), session_token: None };
     Bucket::open_with(&format!("s3://test/some/prefix?endpoint={}&region=eu", server.endpoint()), credentials).await
 }
 
@@ -307,7 +304,15 @@ async fn listings_longer_than_a_page_are_complete() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_record_that_is_none_or_too_new_is_an_error_and_no_panic() {
     let (_dir, _server, [bucket, _]) = each_kind().await;
-    for body in ["", "[]", "{}", r#"{"fmt":2,"nonce":"n","count":1}"#, r#"{"fmt":1,"count":1}"#, "\u{0}", r#"{"fmt":1,"nonce":"n"}"#] {
+    for body in [
+        "",
+        "[]",
+        "{}",
+        r#"{"fmt":2,"nonce":"n","count":1}"#,
+        r#"{"fmt":1,"count":1}"#,
+        "\u{0}",
+        r#"{"fmt":1,"nonce":"n"}"#,
+    ] {
         bucket.put("v1/r", Bytes::copy_from_slice(body.as_bytes())).await.unwrap();
         let answer = bucket.read_record::<Counter>("v1/r").await;
         assert!(matches!(answer, Err(RecordError::Malformed { .. })), "{body:?}: {answer:?}");
@@ -321,7 +326,12 @@ async fn a_directory_whose_file_was_cut_or_replaced_says_damaged() {
     bucket.put("v1/x", Bytes::from_static(b"0123456789")).await.unwrap();
     let path = dir.path().join("v1/x");
     let whole = std::fs::read(&path).unwrap();
-    for damaged in [&whole[..whole.len() - 1], &whole[..10], b"", b"something else entirely, and long enough to hold a header of ours"] {
+    for damaged in [
+        &whole[..whole.len() - 1],
+        &whole[..10],
+        b"",
+        b"something else entirely, and long enough to hold a header of ours",
+    ] {
         std::fs::write(&path, damaged).unwrap();
         match bucket.get("v1/x").await {
             Err(BucketError::Store { cause: Cause::Damaged, .. }) => {}

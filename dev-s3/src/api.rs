@@ -160,9 +160,7 @@ impl S3 for Api {
         self.check_writable()?;
         let condition = self.condition(&headers, input.if_match, input.if_none_match)?;
         match self.store.put(&input.bucket, &input.key, body, &condition).await {
-            Ok(etag) => {
-                Ok(S3Response::new(PutObjectOutput { e_tag: Some(ETag::Strong(etag)), ..Default::default() }))
-            }
+            Ok(etag) => Ok(S3Response::new(PutObjectOutput { e_tag: Some(ETag::Strong(etag)), ..Default::default() })),
             Err(WriteError::Precondition) => Err(s3_error!(PreconditionFailed)),
             Err(WriteError::Missing) => Err(s3_error!(NoSuchKey)),
             Err(WriteError::Io(error)) => Err(internal(error)),
@@ -181,9 +179,8 @@ impl S3 for Api {
         };
         let read = self.store.read(&input.bucket, &input.key, pick).await.map_err(|ReadError(error)| error)?;
         let Some((meta, range, bytes)) = read else { return Err(s3_error!(NoSuchKey)) };
-        let content_range = input
-            .range
-            .map(|_| format!("bytes {}-{}/{}", range.start, range.end.saturating_sub(1), meta.size_bytes));
+        let content_range =
+            input.range.map(|_| format!("bytes {}-{}/{}", range.start, range.end.saturating_sub(1), meta.size_bytes));
         let content_length = length(bytes.len() as u64);
         let body = if self.faults.hits(|f| f.truncate) {
             truncated(&bytes)

@@ -18,12 +18,7 @@ use tokio::{
     task::{JoinHandle, JoinSet},
 };
 
-use crate::{
-    Config, Faults, OpenStoreError,
-    api::Api,
-    faults::FaultCell,
-    store::Store,
-};
+use crate::{Config, Faults, OpenStoreError, api::Api, faults::FaultCell, store::Store};
 
 /// Connections served at once; further clients wait in the listener's backlog.
 const CONNECTIONS_MAX: usize = 1_024;

@@ -101,7 +101,9 @@ impl FsCas {
             let mut temp = Temp::create(&self.root).map_err(io)?;
             temp.write(&tag, body).map_err(io)?;
             match self.place(key, &mut temp, mode)? {
-                Placed::Yes => return Ok(PutResult { e_tag: Some(tag), version: None, extensions: Default::default() }),
+                Placed::Yes => {
+                    return Ok(PutResult { e_tag: Some(tag), version: None, extensions: Default::default() });
+                }
                 Placed::FolderVanished => {}
             }
         }

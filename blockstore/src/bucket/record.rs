@@ -149,7 +149,11 @@ impl Bucket {
     /// # Cancel safety
     ///
     /// Not cancel safe: dropping the future leaves the outcome open, as [`RecordError::Unknown`].
-    pub async fn update_record<T: Serialize, Old>(&self, old: &Record<Old>, value: T) -> Result<Record<T>, RecordError> {
+    pub async fn update_record<T: Serialize, Old>(
+        &self,
+        old: &Record<Old>,
+        value: T,
+    ) -> Result<Record<T>, RecordError> {
         let mut past = Vec::with_capacity(PAST_MAX);
         past.push(short(&old.nonce).to_owned());
         past.extend(old.past.iter().take(PAST_MAX - 1).cloned());

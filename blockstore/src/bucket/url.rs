@@ -33,7 +33,9 @@ pub enum BadBucketUrl {
     Prefix(String, &'static str),
     #[error("s3 URL: unknown option {0:?}; known are endpoint, region and allow_http")]
     Option(String),
-    #[error("s3 endpoint {0:?} uses http: add &allow_http if traffic and credentials may cross that network unencrypted")]
+    #[error(
+        "s3 endpoint {0:?} uses http: add &allow_http if traffic and credentials may cross that network unencrypted"
+    )]
     PlainHttp(String),
     #[error("set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for the s3 bucket")]
     NoCredentials,
@@ -221,7 +223,9 @@ mod tests {
         let (prefix, endpoint) = ("p/q/".to_owned(), Some("http://10.0.0.1:9000".to_owned()));
         let expected = Location::S3 { bucket: "b".into(), prefix, endpoint, region: "eu".into(), allow_http: true };
         assert_eq!(full, expected);
-        for bad in ["", "dir:x", "s3://", "http://x", "s3://b/../c", "s3://b?color=red", "s3://b?endpoint=http://10.0.0.1"] {
+        for bad in
+            ["", "dir:x", "s3://", "http://x", "s3://b/../c", "s3://b?color=red", "s3://b?endpoint=http://10.0.0.1"]
+        {
             assert!(Location::parse(bad).is_err(), "{bad:?} was accepted");
         }
         assert!(Location::parse("s3://b?endpoint=http://127.0.0.1:9").is_ok());

@@ -298,9 +298,15 @@ pub struct StatusExtent {
 pub enum Reply {
     Done,
     /// Data of a READ at `offset`.
-    Data { offset: u64, bytes: Bytes },
+    Data {
+        offset: u64,
+        bytes: Bytes,
+    },
     /// So many zeros of a READ at `offset`. Only with structured replies.
-    Hole { offset: u64, len_bytes: u32 },
+    Hole {
+        offset: u64,
+        len_bytes: u32,
+    },
     Status(Vec<StatusExtent>),
     Failed(Errno),
 }
@@ -479,9 +485,9 @@ mod tests {
         pieces.extend(std::iter::repeat_n(&junk[..], 32));
         pieces.extend([&junk[..1], &tail]);
         let found = decode_all(&pieces).unwrap();
-        assert_eq!(found, [
-            Decoded::Refused(write(PAYLOAD_BYTES_MAX + 1), Errno::Invalid),
-            Decoded::Request(flush, Bytes::new())
-        ]);
+        assert_eq!(
+            found,
+            [Decoded::Refused(write(PAYLOAD_BYTES_MAX + 1), Errno::Invalid), Decoded::Request(flush, Bytes::new())]
+        );
     }
 }

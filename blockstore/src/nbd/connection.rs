@@ -157,8 +157,12 @@ impl<'a> Handshake<'a> {
                 self.agreed.structured_replies = true;
                 options::encode_ack(code, out);
             }
-            ClientOption::MetaContext { verb, name, allocation } => self.meta_context(code, verb, name, allocation, out),
-            ClientOption::Describe { ask, name, wants_name } => return self.describe(code, ask, &name, wants_name, out).await,
+            ClientOption::MetaContext { verb, name, allocation } => {
+                self.meta_context(code, verb, name, allocation, out)
+            }
+            ClientOption::Describe { ask, name, wants_name } => {
+                return self.describe(code, ask, &name, wants_name, out).await;
+            }
             ClientOption::ExportName(name) => {
                 self.settle_context(&name);
                 let attached = self.table.attach(&name, self.stream.as_fd().try_clone_to_owned()?).await;
@@ -348,7 +352,7 @@ impl<'a> Transmission<'a> {
                     }
                 }
                 sent = self.output.send(self.stream), if !self.output.is_empty() => sent?,
-                received = { 
+                received = {
                     self.input.reserve(if need > 0 { need.clamp(READ_BYTES, GROWTH_BYTES_MAX) } else { 0 });
                     receive(self.stream, &mut self.input)
                 }, if need > 0 => reading = received? > 0,

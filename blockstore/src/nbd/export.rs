@@ -20,7 +20,9 @@ use super::memory::MemoryDisk;
 pub enum Export {
     Memory(MemoryDisk),
     /// Zeros, read-only: a disk whose content comes later (checkpoint mounts, ruling 10).
-    Empty { size_bytes: u64 },
+    Empty {
+        size_bytes: u64,
+    },
 }
 
 /// A device could not do what it was asked.

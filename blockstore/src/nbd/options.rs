@@ -95,9 +95,17 @@ pub enum ClientOption {
     ExportName(String),
     Abort,
     List,
-    Describe { ask: Ask, name: String, wants_name: bool },
+    Describe {
+        ask: Ask,
+        name: String,
+        wants_name: bool,
+    },
     StructuredReply,
-    MetaContext { verb: ContextVerb, name: String, allocation: bool },
+    MetaContext {
+        verb: ContextVerb,
+        name: String,
+        allocation: bool,
+    },
 }
 
 /// An option is refused; the handshake goes on.
