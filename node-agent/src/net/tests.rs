@@ -4,12 +4,16 @@ use std::{
     fs::File,
     io::{Read as _, Write as _},
     net::{TcpListener as StdListener, TcpStream as StdStream, UdpSocket as StdUdp},
-    os::fd::AsRawFd as _,
+    os::fd::{AsFd as _, AsRawFd as _},
+    sync::atomic::{AtomicBool, Ordering},
     time::Instant,
 };
 
-use nix::sched::{CloneFlags, unshare};
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, unix::AsyncFd};
+use nix::{
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sched::{CloneFlags, unshare},
+};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use super::*;
 
@@ -24,7 +28,8 @@ fn network(instance: &str) -> NetworkConfig {
 /// A namespace that is not ours to remove by name: it lives as long as this value.
 struct Machine {
     namespace: File,
-    tasks: Vec<tokio::task::JoinHandle<()>>,
+    /// Set when the cable to this machine is to be pulled.
+    gone: Arc<AtomicBool>,
 }
 
 impl Machine {
@@ -40,12 +45,12 @@ impl Machine {
                 .join()
                 .unwrap()
         });
-        Self { namespace, tasks: Vec::new() }
+        Self { namespace, gone: Arc::default() }
     }
 
     /// A guest on the tap of `net`.
     fn guest(net: &SpriteNet) -> Self {
-        let mut guest = Self::new("link set lo up\n");
+        let guest = Self::new("link set lo up\n");
         let far = guest.inside(namespace::open_tap).unwrap();
         guest.ip(&format!(
             "link set tap0 address {GUEST_MAC}
@@ -56,10 +61,9 @@ route add default via {GATEWAY_V4}
 route add default via {GATEWAY_V6}
 "
         ));
-        let near = Arc::new(AsyncFd::register(File::from(net.open_tap().unwrap())).unwrap());
-        let far = Arc::new(AsyncFd::register(File::from(far)).unwrap());
-        guest.tasks.push(tokio::spawn(wire(Arc::clone(&near), Arc::clone(&far))));
-        guest.tasks.push(tokio::spawn(wire(far, near)));
+        let (near, far) = (File::from(net.open_tap().unwrap()), File::from(far));
+        let gone = Arc::clone(&guest.gone);
+        std::thread::spawn(move || cable(&near, &far, &gone));
         guest
     }
 
@@ -101,21 +105,21 @@ route add default via {GATEWAY_V6}
 
 impl Drop for Machine {
     fn drop(&mut self) {
-        for task in &self.tasks {
-            task.abort();
-        }
+        self.gone.store(true, Ordering::Relaxed);
     }
 }
 
-/// One direction of the cable between two taps.
-async fn wire(from: Arc<AsyncFd<File>>, to: Arc<AsyncFd<File>>) {
+/// A cable between two taps.
+fn cable(near: &File, far: &File, gone: &AtomicBool) {
     let mut frame = vec![0; 70_000];
-    loop {
-        let mut ready = from.readable().await.unwrap();
-        match ready.try_io(|from| from.get_ref().read(&mut frame)) {
-            Ok(Ok(len)) => drop(to.get_ref().write(&frame[..len])),
-            Ok(Err(_)) => return,
-            Err(_would_block) => {}
+    while !gone.load(Ordering::Relaxed) {
+        let mut ends = [near, far].map(|end| PollFd::new(end.as_fd(), PollFlags::POLLIN));
+        poll(&mut ends, PollTimeout::from(100_u16)).unwrap();
+        for (mut from, mut to) in [(near, far), (far, near)] {
+            while let Ok(len) = from.read(&mut frame) {
+                // A full queue loses the frame, as a wire would.
+                drop(to.write(&frame[..len]));
+            }
         }
     }
 }
