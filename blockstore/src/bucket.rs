@@ -180,7 +180,7 @@ pub enum BucketError {
         key: String,
         cause: Cause,
         #[source]
-        source: object_store::Error,
+        source: Box<object_store::Error>,
     },
 }
 
@@ -200,7 +200,7 @@ impl BucketError {
     }
 
     fn store(op: Op, key: &str, source: object_store::Error) -> Self {
-        Self::Store { op, key: key.to_owned(), cause: cause_of(&source), source }
+        Self::Store { op, key: key.to_owned(), cause: cause_of(&source), source: Box::new(source) }
     }
 }
 

@@ -1,5 +1,7 @@
 //! The same promises on every kind of bucket, also while its server fails, refuses, forgets to answer and cuts bodies short.
 
+#![expect(clippy::unwrap_used, reason = "a test says what failed by panicking")]
+
 use std::{
     process::{Command, Stdio},
     sync::Arc,

@@ -1,11 +1,13 @@
 //! Our NBD server under the clients of others: libnbd's tools, QEMU's tools and fio, run from PATH, and a raw socket for what they refuse
 //! to send.
 
+#![expect(clippy::unwrap_used, reason = "a test says what failed by panicking")]
+
 use std::{
     io::{Read, Write},
     os::unix::net::UnixStream,
     path::{Path, PathBuf},
-    process::{Command, Output},
+    process::{Command, Output, Stdio},
     time::{Duration, Instant},
 };
 
@@ -18,7 +20,7 @@ struct Site {
     dir: tempfile::TempDir,
     exports: ExportTable,
     disk: MemoryDisk,
-    _server: NbdServer,
+    server: Option<NbdServer>,
 }
 
 impl Site {
@@ -28,7 +30,7 @@ impl Site {
         exports.insert("disk", Export::Memory(disk.clone()));
         exports.insert("empty", Export::Empty { size_bytes: 64 << 20 });
         let server = NbdServer::bind(&dir.path().join("nbd.sock"), exports.clone()).unwrap();
-        Self { dir, exports, disk, _server: server }
+        Self { dir, exports, disk, server: Some(server) }
     }
 
     fn socket(&self) -> PathBuf {
@@ -486,6 +488,40 @@ async fn other_connections_go_on_while_one_waits_for_the_device() {
     within(30, nbdsh(&site.uri("disk"), "assert h.pread(512, 4096) == bytes(512)")).await;
     site.disk.hold(false);
     within(30, waiting).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn qemu_goes_on_after_the_server_was_away() {
+    let mut site = Site::new();
+    let options =
+        format!("driver=nbd,server.type=unix,server.path={},export=disk,reconnect-delay=60", site.socket().display());
+    let mut qemu = Command::new("qemu-io")
+        .args(["--image-opts", &options])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::inherit())
+        .spawn()
+        .expect("apt-get install qemu-utils");
+    let mut input = qemu.stdin.take().unwrap();
+    input.write_all(b"write -P 0x11 0 64k\n").unwrap();
+    let (first, disk) = (site.disk.clone(), site.disk.clone());
+    within(60, async move {
+        while disk.written_chunks() == 0 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    })
+    .await;
+    // The process of the server is replaced: connections break, and nobody listens for a while. The disk is the same.
+    site.server = None;
+    input.write_all(b"write -P 0x22 64k 64k\nread -P 0x11 0 64k\nread -P 0x22 64k 64k\nquit\n").unwrap();
+    drop(input);
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert!(qemu.try_wait().unwrap().is_none(), "QEMU gave up while the server was away");
+    site.server = Some(NbdServer::bind(&site.socket(), site.exports.clone()).unwrap());
+    let output = within(60, tokio::task::spawn_blocking(move || qemu.wait_with_output())).await.unwrap().unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && !said.contains("failed"), "{said}");
+    assert_eq!(first.written_chunks(), 2);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -128,7 +128,7 @@ impl S3 for Api {
         self.check_writable()?;
         let bucket = req.input.bucket;
         if self.store.create_bucket(&bucket).map_err(internal)? {
-            Ok(S3Response::new(CreateBucketOutput { location: Some(format!("/{bucket}")), ..Default::default() }))
+            Ok(S3Response::new(CreateBucketOutput { location: Some(format!("/{bucket}")) }))
         } else {
             Err(s3_error!(BucketAlreadyOwnedByYou))
         }

@@ -1,5 +1,7 @@
 //! The server under two clients of others: `object_store`, and curl with its own signatures.
 
+#![expect(clippy::unwrap_used, reason = "a test says what failed by panicking")]
+
 use std::{path::Path, process::Command, time::Duration};
 
 use bytes::Bytes;

@@ -52,7 +52,7 @@ pub enum OpenError {
     Client {
         url: String,
         #[source]
-        source: object_store::Error,
+        source: Box<object_store::Error>,
     },
     #[error(transparent)]
     Probe(#[from] ProbeError),
@@ -146,7 +146,7 @@ pub(super) async fn connect(url: &str, credentials: Option<Credentials>) -> Resu
             };
             let client = |timeout, retry| {
                 let built = s3_client(&bucket, endpoint.as_deref(), &region, &credentials, (timeout, retry));
-                built.map_err(|source| OpenError::Client { url: description.clone(), source })
+                built.map_err(|source| OpenError::Client { url: description.clone(), source: Box::new(source) })
             };
             // One attempt: a second one inside the client would turn "won, answer lost" into "somebody else won".
             let once = RetryConfig { max_retries: 0, ..RetryConfig::default() };

@@ -52,6 +52,12 @@ impl MemoryDisk {
         self.inner.size_bytes
     }
 
+    /// How many chunks of 64 KiB hold data.
+    pub fn written_chunks(&self) -> usize {
+        let written = |chunk: &&Chunk| chunk.read().unwrap_or_else(PoisonError::into_inner).is_some();
+        self.inner.chunks.iter().filter(written).count()
+    }
+
     /// How often it was flushed.
     pub fn flushes(&self) -> u64 {
         self.inner.flushes.load(Ordering::Relaxed)
