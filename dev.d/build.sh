@@ -23,26 +23,43 @@ build_guest() {
 # root file system by their recipe, the initramfs also by the guest binary inside.
 build_image() {
   build_guest || return 1
-  local guest=$TARGET/$GUEST_TARGET/guest/guest recipe key
+  local guest=$TARGET/$GUEST_TARGET/guest/guest recipe folder key
   recipe=$(guest/image/digest.sh) || die "guest/image/digest.sh failed"
-  build_piece "$SPRITES_CACHE/$recipe/vmlinux" "the guest's kernel" guest/image/build-kernel.sh || return 1
-  build_piece "$SPRITES_CACHE/$recipe/rootfs.ext4" "the guest's Debian (some minutes, once)" guest/image/build-rootfs.sh || return 1
+  folder=$SPRITES_CACHE/$recipe
+  build_piece "$folder/kernel" "the guest's kernel" guest/image/build-kernel.sh || return 1
+  build_piece "$folder/rootfs.ext4" "the guest's Debian (some minutes, once)" guest/image/build-rootfs.sh || return 1
   key=$(cat "$guest" <(echo "$recipe") | sha256sum | cut -c 1-16)
-  IMAGE=$SPRITES_CACHE/$recipe/image-$key
-  GUEST_BINARY=$guest build_piece "$IMAGE/initrd" "the guest's initramfs" guest/image/build-initrd.sh || return 1
-  ln -sf ../vmlinux ../rootfs.ext4 "$IMAGE/"
+  IMAGE=$folder/image-$key
+  GUEST_BINARY=$guest KERNEL=$folder/kernel build_piece "$IMAGE/initrd" "the guest's initramfs" guest/image/build-initrd.sh || return 1
+  ln -sf ../kernel/vmlinux ../rootfs.ext4 "$IMAGE/"
   echo "$recipe" >"$IMAGE/rootfs.digest"
-  touch "$SPRITES_CACHE/$recipe" "$IMAGE"
-  find "$SPRITES_CACHE" -mindepth 1 -maxdepth 2 -name 'image-*' -mtime "+$IMAGE_KEEP_DAYS" -exec rm -rf {} +
+  touch "$folder" "$IMAGE"
+  find "$SPRITES_CACHE" -mindepth 2 -maxdepth 2 -name 'image-*' -mtime "+$IMAGE_KEEP_DAYS" -exec rm -rf {} +
+  remove_old_recipes
 }
 
-# build_piece FILE WHAT SCRIPT: FILE exists whole or not at all.
+# A recipe's folder is as old as its last use; only folders that are one.
+remove_old_recipes() {
+  local old
+  find "$SPRITES_CACHE" -mindepth 1 -maxdepth 1 -type d -mtime "+$IMAGE_KEEP_DAYS" -print0 | while IFS= read -r -d '' old; do
+    [ ! -e "$old/kernel/vmlinux" ] || rm -rf "$old"
+  done
+}
+
+# build_piece FILE WHAT SCRIPT: FILE (or folder) exists whole or not at all, also when two clones build at once: the second waits, and finds it.
 build_piece() {
   local file=$1 what=$2 script=$3
   [ ! -e "$file" ] || return 0
   mkdir -p "$(dirname "$file")"
-  rm -rf "$file.partial"
-  step "building $what" "$script" "$file.partial" || return 1
-  sync "$file.partial"
-  mv "$file.partial" "$file"
+  step "building $what" locked_piece "$file" "$script"
 }
+
+locked_piece() (
+  exec 8>"$1.lock"
+  flock 8
+  [ ! -e "$1" ] || exit 0
+  rm -rf "$1.partial"
+  "$2" "$1.partial" 8>&- || exit 1
+  sync -f "$1.partial"
+  mv -T "$1.partial" "$1"
+)
