@@ -63,7 +63,7 @@ impl Cluster {
     /// Starts `sprited` (again) and waits until it is ready.
     pub fn start_sprited(&self) {
         let log = fs::OpenOptions::new().create(true).append(true).open(self.log()).expect("the log can be written");
-        let mut command = Command::new(bin("sprited"));
+        let mut command = Command::new(binary("sprited"));
         command.arg("dev").arg("--data").arg(&self.folder).arg("--image").arg(image());
         command.args(["--port", &self.port.to_string(), "--instance", &self.instance]);
         if let Some(bucket) = &self.options.bucket {
@@ -164,12 +164,17 @@ impl Cluster {
 
     /// The `sprite` binary with a user's environment, to be run by the caller.
     pub fn sprite_command<S: AsRef<std::ffi::OsStr>>(&self, arguments: impl IntoIterator<Item = S>) -> Command {
-        let mut command = Command::new(bin("sprite"));
-        command.args(arguments).current_dir(self.folder.join("home"));
+        let mut command = self.client_command(binary("sprite"));
+        command.args(arguments);
         command
-            .env_clear()
-            .env("PATH", std::env::var_os("PATH").unwrap_or_default())
-            .env("HOME", self.folder.join("home"));
+    }
+
+    /// Any program with the environment that `./dev env` gives a user's shell, and nothing else.
+    pub fn client_command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
+        let home = self.folder.join("home");
+        let mut command = Command::new(program);
+        command.env_clear().env("PATH", std::env::var_os("PATH").unwrap_or_default());
+        command.env("HOME", &home).current_dir(home);
         command.env("SPRITES_API_URL", self.api_url()).env("SPRITE_TOKEN", self.token());
         command.env("SSL_CERT_FILE", self.bundle()).env("TERM", "xterm").env("LANG", "C.UTF-8");
         command
@@ -245,7 +250,13 @@ fn start_reaper(folder: &Path, instance: &str) -> Child {
         .expect("bash runs")
 }
 
-fn bin(name: &str) -> PathBuf {
+/// The root of the repository these tests were built from.
+pub fn repository() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("this crate lies in the repository")
+}
+
+/// One of our own binaries.
+pub fn binary(name: &str) -> PathBuf {
     let folder = std::env::var_os("SPRITES_BIN").map_or_else(
         || {
             let own = std::env::current_exe().expect("a test knows its binary");
@@ -265,8 +276,8 @@ fn image() -> &'static Path {
         if let Some(folder) = std::env::var_os("SPRITES_IMAGE") {
             return folder.into();
         }
-        let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("this crate lies in the repository");
-        let output = Command::new(root.join("dev")).arg("image").stderr(Stdio::inherit()).output().expect("./dev runs");
+        let output =
+            Command::new(repository().join("dev")).arg("image").stderr(Stdio::inherit()).output().expect("./dev runs");
         assert!(output.status.success(), "./dev image failed");
         PathBuf::from(String::from_utf8_lossy(&output.stdout).trim())
     })

@@ -24,7 +24,7 @@ mod command;
 mod sprite;
 mod wait;
 
-pub use cluster::{Cluster, Options};
+pub use cluster::{Cluster, Options, binary, repository};
 pub use command::{Finished, bounded};
 pub use sprite::Sprite;
 pub use wait::{eventually, pause};

@@ -1,6 +1,8 @@
 //! What goes wrong with a host: `sprited` killed, stopped, its local state lost. Each test has a cluster of its own, one at a time: starting
 //! one costs a boot, and two would only slow each other down.
 
+mod bucket;
+mod process;
 mod restart;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};

@@ -1,8 +1,13 @@
 //! What a user does, against one cluster that all these tests share. One file per topic.
 
 mod checkpoint;
+mod clones;
 mod create;
+mod disk;
 mod exec;
+mod grpc;
+mod kernel;
+mod limits;
 mod names;
 mod network;
 mod sleep;
