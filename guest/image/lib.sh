@@ -15,7 +15,9 @@ os_release() { sed -n "s/^$1=//p" /etc/os-release | tr -d '"'; }
 suite() {
   local codename
   codename=$(os_release VERSION_CODENAME)
-  [ "$(os_release ID)" = debian ] && [ -n "$codename" ] || die "the image is made of the host's own Debian, and this machine runs $(os_release PRETTY_NAME)"
+  if [ "$(os_release ID)" != debian ] || [ -z "$codename" ]; then
+    die "the image is made of the host's own Debian, and this machine runs $(os_release PRETTY_NAME)"
+  fi
   echo "$codename"
 }
 
