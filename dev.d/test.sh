@@ -93,7 +93,7 @@ suite_fmt() { cargo fmt --all --check; }
 suite_clippy() { bounded cargo clippy --workspace --all-targets --locked -- -D warnings; }
 suite_doc() { RUSTDOCFLAGS='-D warnings' bounded cargo doc --workspace --no-deps --locked; }
 # The pieces of ./dev are checked as part of it: alone, what they define for each other looks unused.
-suite_shell() { shellcheck -x -a dev && shellcheck -x dev.d/check-paths.sh dev.d/test-packages.sh .ci/run e2e/reaper.sh guest/image/*.sh; }
+suite_shell() { shellcheck -x -a dev && shellcheck -x dev.d/check-paths.sh dev.d/test-packages.sh .ci/run e2e/reaper.sh bench/run guest/image/*.sh; }
 suite_paths() { dev.d/check-paths.sh; }
 suite_packages() { dev.d/test-packages.sh; }
 suite_unit() { bounded cargo test --workspace --exclude e2e --locked --no-fail-fast -- ${TEST_FILTER:+"$TEST_FILTER"}; }
