@@ -105,7 +105,8 @@ pub(crate) fn given_request_id(headers: &HeaderMap) -> Option<HeaderValue> {
 
 pub(crate) fn is_grpc(headers: &HeaderMap) -> bool {
     let kind = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
-    kind.and_then(|kind| kind.strip_prefix("application/grpc")).is_some_and(|rest| matches!(rest.as_bytes().first(), None | Some(b'+' | b';')))
+    kind.and_then(|kind| kind.strip_prefix("application/grpc"))
+        .is_some_and(|rest| matches!(rest.as_bytes().first(), None | Some(b'+' | b';')))
 }
 
 /// A browser that shows what it gets to a person.
@@ -198,7 +199,13 @@ mod tests {
         let mut map = headers(pairs);
         let request_id = HeaderValue::from_static("r1");
         let ip = "::ffff:192.0.2.7".parse().unwrap();
-        let client = Client { ip, host: "demo-a1b2c3.sprites.localhost", port: 8443, version: Version::HTTP_2, request_id: &request_id };
+        let client = Client {
+            ip,
+            host: "demo-a1b2c3.sprites.localhost",
+            port: 8443,
+            version: Version::HTTP_2,
+            request_id: &request_id,
+        };
         clean_request(&mut map, &client);
         map
     }
@@ -220,11 +227,23 @@ mod tests {
             ("expect", "100-continue"),
             ("x-kept", "1"),
         ]);
-        for gone in ["connection", "x-secret", "keep-alive", "transfer-encoding", "upgrade", "proxy-authorization", "proxy-connection", "expect"] {
+        for gone in [
+            "connection",
+            "x-secret",
+            "keep-alive",
+            "transfer-encoding",
+            "upgrade",
+            "proxy-authorization",
+            "proxy-connection",
+            "expect",
+        ] {
             assert!(!map.contains_key(gone), "{gone}");
         }
         assert_eq!(map["te"], "trailers");
-        assert_eq!((&map["host"], &map["content-length"], &map["x-kept"]), (&"h".parse().unwrap(), &"5".parse().unwrap(), &"1".parse().unwrap()));
+        assert_eq!(
+            (&map["host"], &map["content-length"], &map["x-kept"]),
+            (&"h".parse().unwrap(), &"5".parse().unwrap(), &"1".parse().unwrap())
+        );
     }
 
     #[test]
@@ -302,7 +321,9 @@ mod tests {
 
     #[test]
     fn request_ids_cannot_forge_log_lines() {
-        let check = |id: &str, kept: bool| assert_eq!(given_request_id(&headers(&[("x-request-id", id)])).is_some(), kept, "{id:?}");
+        let check = |id: &str, kept: bool| {
+            assert_eq!(given_request_id(&headers(&[("x-request-id", id)])).is_some(), kept, "{id:?}")
+        };
         check("0190-abc_DEF.9", true);
         check("", false);
         check("a b", false);
@@ -313,7 +334,12 @@ mod tests {
 
     #[test]
     fn kinds_of_clients_are_told_apart() {
-        for (kind, grpc) in [("application/grpc", true), ("application/grpc+proto", true), ("application/grpc-web", false), ("application/json", false)] {
+        for (kind, grpc) in [
+            ("application/grpc", true),
+            ("application/grpc+proto", true),
+            ("application/grpc-web", false),
+            ("application/json", false),
+        ] {
             assert_eq!(is_grpc(&headers(&[("content-type", kind)])), grpc, "{kind}");
         }
         assert!(wants_html(&headers(&[("accept", "application/json;q=0.9, text/html;q=0.8")])));

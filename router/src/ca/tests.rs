@@ -33,7 +33,8 @@ fn clients_that_trust_the_bundle_accept_every_name_of_the_edge() {
     let dir = tempfile::tempdir().unwrap();
     let ca = Ca::ensure_at(dir.path(), day(0)).unwrap();
     let identity = ca.server_at(&names(), day(0)).unwrap();
-    for host in ["api.localhost", "sprites.localhost", "demo-a1b2c3.sprites.localhost", "localhost", "127.0.0.1", "::1"] {
+    for host in ["api.localhost", "sprites.localhost", "demo-a1b2c3.sprites.localhost", "localhost", "127.0.0.1", "::1"]
+    {
         assert!(accepted(ca.bundle(), &identity, host, day(0)), "{host}");
     }
     for host in ["example.org", "a.b.sprites.localhost", "127.0.0.2", "other.localhost"] {
@@ -45,7 +46,8 @@ fn clients_that_trust_the_bundle_accept_every_name_of_the_edge() {
 fn keys_are_for_their_owner_only_and_nothing_temporary_stays() {
     let dir = tempfile::tempdir().unwrap();
     Ca::ensure(dir.path()).unwrap().server(&names()).unwrap();
-    let mut files: Vec<_> = fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+    let mut files: Vec<_> =
+        fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
     files.sort();
     assert_eq!(files, ["ca.key", "ca.pem", "server.key", "server.pem"]);
     for key in ["ca.key", "server.key"] {
