@@ -60,6 +60,6 @@ locked_piece() (
   [ ! -e "$1" ] || exit 0
   rm -rf "$1.partial"
   "$2" "$1.partial" 8>&- || exit 1
-  sync -f "$1.partial"
+  find "$1.partial" -type f -exec sync {} +
   mv -T "$1.partial" "$1"
 )

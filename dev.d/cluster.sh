@@ -23,6 +23,8 @@ ready_field() { jq -r ".$1" "$DATA/run/ready"; }
 up() {
   local started=$SECONDS
   require_debian
+  # Before minutes of installing.
+  check_rust
   install_packages "${PACKAGES_RUN[@]}" "${PACKAGES_BUILD[@]}" || die "packages are missing; see above"
   install_qemu
   resolve_localhost
@@ -104,7 +106,9 @@ check_edge() {
 }
 
 first_sprite() {
-  eval "$(print_env)"
+  local exports
+  exports=$(print_env)
+  eval "$exports"
   if ! sprite info -s "$DEMO" >/dev/null 2>&1; then
     sprite create "$DEMO" --skip-console >&2 || die "sprite create $DEMO failed; see ./dev logs"
   fi
@@ -128,11 +132,19 @@ TEXT
 down() {
   local pid
   pid=$(holder)
+  if [ -z "$pid" ] && [ -n "$(orphans)" ]; then
+    say "! sprited is gone but its VMs go on; starting it once more to put them away"
+    start_cluster
+    pid=$(holder)
+  fi
   [ -n "$pid" ] || { say "✓ nothing runs on $DATA"; return 0; }
   kill -TERM "$pid"
   step "suspending sprites, pushing everything to the bucket" await_end "$pid" "$STOP_DEADLINE_S" \
     || die "sprited (pid $pid) is still at it; see ./dev logs. Once more ./dev down lets it leave at once"
 }
+
+# VMs of this data folder.
+orphans() { pgrep -f "^[^ ]*qemu-system-x86_64 .*$DATA/" || true; }
 
 status() {
   [ -x "$BIN/sprited" ] || die "not built yet; ./dev up"
@@ -140,16 +152,18 @@ status() {
 }
 
 logs() {
-  case ${1:-} in
-    -f) exec tail -n 200 -F "$(log_file)" ;;
-    '') exec cat "$(log_file)" ;;
-    *) die "./dev logs [-f]" ;;
-  esac
+  local follow=''
+  if [ "${1:-}" = -f ]; then follow=1; shift; fi
+  read_options "$@"
+  [ -e "$(log_file)" ] || die "there is no log at $(log_file); nothing was started on $DATA yet"
+  if [ -n "$follow" ]; then exec tail -n 200 -F "$(log_file)"; else exec cat "$(log_file)"; fi
 }
 
 # Only export lines on stdout. The bundle is system + local CA, so that pip and curl in that shell reach the rest of the world as before.
 print_env() {
-  [ -e "$DATA/run/ready" ] || die "nothing runs on $DATA; ./dev up"
+  local pid
+  pid=$(holder)
+  if [ -z "$pid" ] || ! is_ready "$pid"; then die "nothing runs on $DATA; ./dev up"; fi
   local bundle=$DATA/ca-bundle.pem name
   cat /etc/ssl/certs/ca-certificates.crt "$(ready_field ca_file)" >"$bundle.new"
   mv "$bundle.new" "$bundle"

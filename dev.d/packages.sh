@@ -3,13 +3,14 @@
 
 QEMU_MAJOR_MIN=9
 RUST_MIN=1.95
-PACKAGES_RUN=(libnss-myhostname nftables iproute2 e2fsprogs util-linux ca-certificates curl jq)
+PACKAGES_RUN=(libnss-myhostname nftables iproute2 e2fsprogs util-linux procps ca-certificates curl jq)
 PACKAGES_BUILD=(build-essential pkg-config mmdebstrap squashfs-tools cpio lz4 zstd xz-utils binutils kmod python3)
-PACKAGES_TEST=(shellcheck fio nbdkit libnbd-bin openssl)
+PACKAGES_TEST=(shellcheck fio nbdkit libnbd-bin qemu-utils openssl bsdutils)
 APT_SOURCES_DIR=${APT_SOURCES_DIR:-/etc/apt}
 
 require_debian() {
   [ "$(id -u)" = 0 ] || die "run ./dev as root: sprites get their own users, namespaces and network devices"
+  [ "$(uname -m)" = x86_64 ] || die "sprites are x86_64 machines, and this one is $(uname -m)"
   [ -r /etc/os-release ] || die "this is no Debian: /etc/os-release is missing"
   local id codename
   id=$(os_release ID)
@@ -57,13 +58,18 @@ install_qemu() {
     step "installing QEMU" apt install -y --no-install-recommends qemu-system-x86
     return
   fi
-  local codename
+  local codename entry file=$APT_SOURCES_DIR/sources.list.d/sprites-backports.sources
   codename=$(os_release VERSION_CODENAME)
-  if ! apt-cache policy | grep -q "n=$codename-backports"; then
-    backports_source "$codename" "$APT_SOURCES_DIR" >"$APT_SOURCES_DIR/sources.list.d/sprites-backports.sources" \
+  # Not `grep -q`, which may end the pipe early and with it fail.
+  if ! apt-cache policy | grep "n=$codename-backports" >/dev/null; then
+    entry=$(backports_source "$codename" "$APT_SOURCES_DIR") \
       || die "no APT source of this machine offers $codename, so there is none to take backports from; install qemu-system-x86 $QEMU_MAJOR_MIN or newer yourself"
+    printf '%s\n' "$entry" >"$file"
+    # An entry that its mirror does not have would break every later update of this machine.
+    step "apt-get update" apt -o APT::Update::Error-Mode=any update || { rm -f "$file"; return 1; }
+  else
+    step "apt-get update" apt update || return 1
   fi
-  step "apt-get update" apt update || return 1
   step "installing QEMU from $codename-backports" apt install -y --no-install-recommends -t "$codename-backports" qemu-system-x86 || return 1
   major=$(qemu_major || true)
   [ "${major:-0}" -ge "$QEMU_MAJOR_MIN" ] || die "QEMU is ${major:-missing}, $QEMU_MAJOR_MIN is needed, and backports has none newer"

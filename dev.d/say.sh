@@ -11,21 +11,43 @@ die() {
   exit 1
 }
 
+# start_job LOG COMMAND…: in the background, as JOB. Ctrl-C (or TERM) ends it with all its descendants: bash starts background commands with SIGINT
+# ignored, and a build would go on alone.
+start_job() {
+  local log=$1
+  shift
+  "$@" >"$log" 2>&1 </dev/null &
+  JOB=$!
+  trap 'end_tree "$JOB"; exit 130' INT TERM HUP
+}
+
+# The result of JOB.
+await_job() {
+  local status=0
+  wait "$JOB" || status=$?
+  trap - INT TERM HUP
+  [ ! -t 2 ] || printf '\r\033[K' >&2
+  return "$status"
+}
+
+end_tree() {
+  local child
+  for child in $(pgrep -P "$1"); do end_tree "$child"; done
+  kill -TERM "$1" 2>/dev/null || true
+}
+
 # step WHAT COMMAND…: runs the command with its output in a file, shows its last line and the elapsed time meanwhile, and the tail if it fails.
 step() {
-  local what=$1 log start=$SECONDS pid
+  local what=$1 log start=$SECONDS
   shift
   log=$(mktemp)
-  "$@" >"$log" 2>&1 </dev/null &
-  pid=$!
-  show_progress "$what" "$log" "$pid" "$start"
-  if wait "$pid"; then
-    [ ! -t 2 ] || printf '\r\033[K' >&2
+  start_job "$log" "$@"
+  show_progress "$what" "$log" "$JOB" "$start"
+  if await_job; then
     say "✓ $what ($((SECONDS - start)) s)"
     rm -f "$log"
     return 0
   fi
-  [ ! -t 2 ] || printf '\r\033[K' >&2
   say "✗ $what failed after $((SECONDS - start)) s; the end of its output ($log):"
   tail -n 40 "$log" | sed 's/^/    /' >&2
   return 1

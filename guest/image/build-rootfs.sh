@@ -39,7 +39,7 @@ debootstrap_into() {
   for key in "${LEFT_OUT[@]}"; do options+=(--dpkgopt="path-exclude=$key"); done
   for key in "${KEPT[@]}"; do options+=(--dpkgopt="path-include=$key"); done
   packages=$(sed 's/#.*//' packages | tr -s ' \n' ',' | sed 's/^,//; s/,$//')
-  mmdebstrap --variant=minbase --format=directory --include="$packages" --aptopt='APT::Install-Recommends "false"' \
+  mmdebstrap --verbose --variant=minbase --format=directory --include="$packages" --aptopt='APT::Install-Recommends "false"' \
     --dpkgopt=force-unsafe-io "${options[@]}" \
     "$release" "$root" "${sources[@]}" || die "mmdebstrap failed"
 }
