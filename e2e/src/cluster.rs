@@ -127,6 +127,11 @@ impl Cluster {
         &self.folder
     }
 
+    /// What the names of its namespaces and network devices have in them.
+    pub fn instance(&self) -> &str {
+        &self.instance
+    }
+
     pub fn port(&self) -> u16 {
         self.port
     }

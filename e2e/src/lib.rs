@@ -21,11 +21,13 @@
 
 mod cluster;
 mod command;
+mod repository;
 mod sprite;
 mod wait;
 
 pub use cluster::{Cluster, Options, binary, repository};
 pub use command::{Finished, bounded};
+pub use repository::Repository;
 pub use sprite::Sprite;
 pub use wait::{eventually, pause};
 

@@ -8,6 +8,7 @@ mod exec;
 mod grpc;
 mod kernel;
 mod limits;
+mod mdm;
 mod names;
 mod network;
 mod sleep;
