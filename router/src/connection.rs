@@ -33,14 +33,12 @@ use crate::{
     activity::{Activity, Watched},
     bare::Explained,
     body::Body,
-    edge::{Edge, Peer},
+    edge::{Edge, HEAD_BYTES_MAX, Peer},
 };
 
 const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(10);
 /// For a whole request head; also how long HTTP/1.1 waits for the next one.
 const HEAD_DEADLINE: Duration = Duration::from_secs(10);
-/// The whole of a request's head. Targets of 64 KiB are usual: argv and environment of an exec stand there.
-const HEAD_BYTES_MAX: usize = 256 << 10;
 /// HTTP/2 without a stream for so long is closed.
 const IDLE_MAX: Duration = Duration::from_secs(120);
 /// A request on which nothing moves for so long is given up. The dialect's streams send something each minute.
@@ -50,7 +48,8 @@ const CHECK_INTERVAL: Duration = Duration::from_secs(10);
 const H2_STREAMS_MAX: u32 = 100;
 const H2_STREAM_WINDOW_BYTES: u32 = 64 << 10;
 const H2_CONNECTION_WINDOW_BYTES: u32 = 1 << 20;
-const H2_HEADER_LIST_BYTES_MAX: u32 = 256 << 10;
+/// As `HEAD_BYTES_MAX`, and what HTTP/2 counts for each header beside.
+const H2_HEADER_LIST_BYTES_MAX: u32 = 264 << 10;
 const H2_SEND_BUFFER_BYTES_MAX: usize = 256 << 10;
 const H2_PING_INTERVAL: Duration = Duration::from_secs(20);
 const H2_PING_DEADLINE: Duration = Duration::from_secs(20);

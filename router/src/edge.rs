@@ -41,6 +41,9 @@ use crate::{
 /// Before a request is refused, a route older than this is asked for again: it may just have been made public.
 const REFUSE_BY_ROUTE_AGE_MAX: Duration = Duration::from_millis(100);
 
+/// Of all headers together; beside them there may be a target of 64 KiB, where argv and environment of an exec stand.
+pub(crate) const HEAD_BYTES_MAX: usize = 256 << 10;
+
 pub(crate) struct Edge {
     hosts: Hosts,
     coordinator: NodeAddress,
@@ -116,6 +119,9 @@ impl Edge {
     ) -> Result<Answer, Refusal> {
         if request.method() == http::Method::CONNECT {
             return Err(Refusal::Connect);
+        }
+        if headers::bytes(request.headers()) > HEAD_BYTES_MAX {
+            return Err(Refusal::HeadersTooLarge);
         }
         let kind = self.hosts.classify(host);
         if peer.sni.as_ref().is_some_and(|sni| !self.hosts.may_share(sni, &kind)) {

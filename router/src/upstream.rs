@@ -18,6 +18,7 @@ use crate::{
     address::NodeAddress,
     body::Body,
     chunk_gate::{CHUNK_BYTES_MAX, ChunkGate},
+    edge::HEAD_BYTES_MAX,
 };
 
 /// A listener whose queue is full for so long is not serving anybody.
@@ -25,9 +26,6 @@ const CONNECT_DEADLINE: Duration = Duration::from_secs(2);
 /// A process that restarts is back within this; requests are held meanwhile rather than refused.
 const CONNECT_PAUSES: [Duration; 4] =
     [Duration::from_millis(25), Duration::from_millis(100), Duration::from_millis(400), Duration::from_secs(1)];
-/// As large a head as we accept ourselves.
-const HEAD_BYTES_MAX: usize = 256 << 10;
-
 /// How to speak to the other side.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Protocol {

@@ -47,55 +47,55 @@ use tokio_rustls::{TlsConnector, client::TlsStream};
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
-pub const API: &str = "api.localhost";
-pub const PRIVATE: &str = "demo-a1b2c3.sprites.localhost";
-pub const PUBLIC: &str = "open-a1b2c3.sprites.localhost";
-pub const ASLEEP: &str = "lazy-a1b2c3.sprites.localhost";
+pub(crate) const API: &str = "api.localhost";
+pub(crate) const PRIVATE: &str = "demo-a1b2c3.sprites.localhost";
+pub(crate) const PUBLIC: &str = "open-a1b2c3.sprites.localhost";
+pub(crate) const ASLEEP: &str = "lazy-a1b2c3.sprites.localhost";
 /// Sleeps and belongs to no node.
-pub const NOWHERE: &str = "away-a1b2c3.sprites.localhost";
+pub(crate) const NOWHERE: &str = "away-a1b2c3.sprites.localhost";
 /// Of another organisation.
-pub const FOREIGN: &str = "theirs-zzzzzz.sprites.localhost";
-pub const TOKEN: &str = "local/a1b2c3/t1/secret";
-pub const FOREIGN_TOKEN: &str = "them/zzzzzz/t9/secret";
-pub const BEARER: (&str, &str) = ("authorization", "Bearer local/a1b2c3/t1/secret");
+pub(crate) const FOREIGN: &str = "theirs-zzzzzz.sprites.localhost";
+pub(crate) const TOKEN: &str = "local/a1b2c3/t1/secret";
+pub(crate) const FOREIGN_TOKEN: &str = "them/zzzzzz/t9/secret";
+pub(crate) const BEARER: (&str, &str) = ("authorization", "Bearer local/a1b2c3/t1/secret");
 
 /// Nothing in these tests takes long; what does hangs.
 const DEADLINE: Duration = Duration::from_secs(20);
 
 const WAKE_PERMITS: u32 = 1000;
 
-pub type ClientBody = UnsyncBoxBody<Bytes, Infallible>;
+pub(crate) type ClientBody = UnsyncBoxBody<Bytes, Infallible>;
 
 /// Fails the test instead of hanging it.
-pub async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
+pub(crate) async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
     timeout(DEADLINE, future).await.unwrap_or_else(|_| panic!("{what}: nothing within {DEADLINE:?}"))
 }
 
 /// One sprite as the fake coordinator knows it.
 #[derive(Clone)]
-pub struct Sprite {
-    pub id: proto::id::SpriteId,
-    pub org: &'static str,
-    pub public: bool,
-    pub was: &'static str,
+pub(crate) struct Sprite {
+    pub(crate) id: proto::id::SpriteId,
+    pub(crate) org: &'static str,
+    pub(crate) public: bool,
+    pub(crate) was: &'static str,
     /// Whose socket answers for it.
-    pub node: Option<&'static str>,
+    pub(crate) node: Option<&'static str>,
     /// Where a wake puts it if it is nowhere.
-    pub wakes_at: Result<&'static str, tonic::Code>,
+    pub(crate) wakes_at: Result<&'static str, tonic::Code>,
 }
 
-pub struct Coordinator {
+pub(crate) struct Coordinator {
     folder: PathBuf,
-    pub sprites: Mutex<HashMap<String, Sprite>>,
-    pub authenticates: AtomicU32,
-    pub resolves: AtomicU32,
-    pub wakes: AtomicU32,
+    pub(crate) sprites: Mutex<HashMap<String, Sprite>>,
+    pub(crate) authenticates: AtomicU32,
+    pub(crate) resolves: AtomicU32,
+    pub(crate) wakes: AtomicU32,
     /// A wake takes a permit and gives it back.
-    pub wake_gate: Semaphore,
+    pub(crate) wake_gate: Semaphore,
 }
 
 #[tonic::async_trait]
-impl Control for Arc<Coordinator> {
+impl Control for Coordinator {
     async fn authenticate(
         &self,
         request: tonic::Request<AuthenticateRequest>,
@@ -142,27 +142,27 @@ impl Control for Arc<Coordinator> {
 
 /// What arrived at a fake.
 #[derive(Clone, Debug)]
-pub struct Seen {
-    pub method: String,
-    pub path: String,
-    pub headers: HeaderMap,
+pub(crate) struct Seen {
+    pub(crate) method: String,
+    pub(crate) path: String,
+    pub(crate) headers: HeaderMap,
 }
 
 impl Seen {
-    pub fn header(&self, name: &str) -> &str {
+    pub(crate) fn header(&self, name: &str) -> &str {
         self.headers.get(name).map_or("", |value| value.to_str().unwrap())
     }
 }
 
 /// Requests that arrived, and a gate for those that wait.
 #[derive(Default)]
-pub struct Arrivals {
+pub(crate) struct Arrivals {
     seen: Mutex<Vec<Seen>>,
     count: tokio::sync::watch::Sender<usize>,
 }
 
 impl Arrivals {
-    pub fn note(&self, request: &AxumRequest) {
+    pub(crate) fn note(&self, request: &AxumRequest) {
         let seen = Seen {
             method: request.method().to_string(),
             path: request.uri().path_and_query().map_or_else(String::new, ToString::to_string),
@@ -172,35 +172,35 @@ impl Arrivals {
         self.count.send_modify(|count| *count += 1);
     }
 
-    pub fn all(&self) -> Vec<Seen> {
+    pub(crate) fn all(&self) -> Vec<Seen> {
         self.seen.lock().unwrap().clone()
     }
 
-    pub fn last(&self) -> Seen {
+    pub(crate) fn last(&self) -> Seen {
         self.all().pop().expect("a request arrived")
     }
 
-    pub async fn reach(&self, count: usize) {
+    pub(crate) async fn reach(&self, count: usize) {
         let mut watch = self.count.subscribe();
         soon("requests that arrive", watch.wait_for(|now| *now >= count)).await.unwrap();
     }
 }
 
 /// Edge, fakes and a client that trusts the edge's authority.
-pub struct World {
-    pub address: SocketAddr,
-    pub plain_address: SocketAddr,
-    pub coordinator: Arc<Coordinator>,
-    pub rest: Arc<Arrivals>,
-    pub stop: CancellationToken,
-    pub running: JoinHandle<()>,
+pub(crate) struct World {
+    pub(crate) address: SocketAddr,
+    pub(crate) plain_address: SocketAddr,
+    pub(crate) coordinator: Arc<Coordinator>,
+    pub(crate) rest: Arc<Arrivals>,
+    pub(crate) stop: CancellationToken,
+    pub(crate) running: JoinHandle<()>,
     folder: tempfile::TempDir,
     roots: RootCertStore,
 }
 
 impl World {
     /// An edge and a coordinator; nodes are added by the tests.
-    pub async fn start() -> Self {
+    pub(crate) async fn start() -> Self {
         let folder = tempfile::tempdir().unwrap();
         let ca = Ca::ensure(&folder.path().join("ca")).unwrap();
         let identity = ca.server(&ServerNames::new([API], "sprites.localhost")).unwrap();
@@ -233,12 +233,12 @@ impl World {
         Self { address, plain_address, coordinator, rest, stop, running, folder, roots }
     }
 
-    pub fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }
 
     /// A node that answers every request with `answer`.
-    pub fn node<F, R>(
+    pub(crate) fn node<F, R>(
         &self,
         name: &str,
         answer: impl Fn(AxumRequest) -> F + Clone + Send + Sync + 'static,
@@ -258,15 +258,15 @@ impl World {
     }
 
     /// A node that says `ok`, as one that had the sprite running.
-    pub fn plain_node(&self) -> Arc<Arrivals> {
+    pub(crate) fn plain_node(&self) -> Arc<Arrivals> {
         self.node("node.sock", async |_| ([("x-sprite-wake", "none")], "ok"))
     }
 
-    pub fn set(&self, label: &str, change: impl FnOnce(&mut Sprite)) {
+    pub(crate) fn set(&self, label: &str, change: impl FnOnce(&mut Sprite)) {
         change(self.coordinator.sprites.lock().unwrap().get_mut(label).expect("a sprite of the table"));
     }
 
-    pub async fn try_tls(&self, sni: &str, protocols: &[&str]) -> std::io::Result<TlsStream<TcpStream>> {
+    pub(crate) async fn try_tls(&self, sni: &str, protocols: &[&str]) -> std::io::Result<TlsStream<TcpStream>> {
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
         let builder = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions().unwrap();
         let mut config = builder.with_root_certificates(self.roots.clone()).with_no_client_auth();
@@ -276,17 +276,17 @@ impl World {
         TlsConnector::from(Arc::new(config)).connect(ServerName::try_from(sni.to_owned()).unwrap(), stream).await
     }
 
-    pub async fn tls(&self, sni: &str, protocol: &str) -> TlsStream<TcpStream> {
+    pub(crate) async fn tls(&self, sni: &str, protocol: &str) -> TlsStream<TcpStream> {
         soon("a TLS handshake", self.try_tls(sni, &[protocol])).await.unwrap()
     }
 
-    pub async fn http1(&self, sni: &str) -> http1::SendRequest<ClientBody> {
+    pub(crate) async fn http1(&self, sni: &str) -> http1::SendRequest<ClientBody> {
         let (sender, connection) = http1::handshake(TokioIo::new(self.tls(sni, "http/1.1").await)).await.unwrap();
         tokio::spawn(connection.with_upgrades());
         sender
     }
 
-    pub async fn http2(&self, sni: &str) -> http2::SendRequest<ClientBody> {
+    pub(crate) async fn http2(&self, sni: &str) -> http2::SendRequest<ClientBody> {
         let io = TokioIo::new(self.tls(sni, "h2").await);
         let (sender, connection) = http2::handshake(TokioExecutor::new(), io).await.unwrap();
         tokio::spawn(connection);
@@ -294,11 +294,11 @@ impl World {
     }
 
     /// A GET over HTTP/1.1 on a connection of its own.
-    pub async fn get(&self, host: &str, path: &str, headers: &[(&str, &str)]) -> Reply {
+    pub(crate) async fn get(&self, host: &str, path: &str, headers: &[(&str, &str)]) -> Reply {
         self.call("GET", host, path, headers).await
     }
 
-    pub async fn call(&self, method: &str, host: &str, path: &str, headers: &[(&str, &str)]) -> Reply {
+    pub(crate) async fn call(&self, method: &str, host: &str, path: &str, headers: &[(&str, &str)]) -> Reply {
         let mut sender = self.http1(host).await;
         let mut request = Request::builder().method(method).uri(path).header("host", host);
         for (name, value) in headers {
@@ -309,7 +309,7 @@ impl World {
     }
 
     /// A GET over HTTP/2 on `sender`'s connection.
-    pub async fn get2(&self, sender: &http2::SendRequest<ClientBody>, host: &str, path: &str) -> Reply {
+    pub(crate) async fn get2(&self, sender: &http2::SendRequest<ClientBody>, host: &str, path: &str) -> Reply {
         let request = Request::builder().uri(format!("https://{host}{path}")).body(empty()).unwrap();
         Reply::of(soon(path, sender.clone().send_request(request)).await.unwrap()).await
     }
@@ -334,14 +334,14 @@ fn sprites() -> HashMap<String, Sprite> {
     all.into_iter().map(|(host, sprite)| (label(host).to_owned(), sprite)).collect()
 }
 
-pub fn label(host: &str) -> &str {
+pub(crate) fn label(host: &str) -> &str {
     host.split('.').next().unwrap_or_default()
 }
 
 fn coordinator_app(coordinator: Arc<Coordinator>, rest: Arc<Arrivals>) -> axum::Router {
     let noted = Arc::clone(&rest);
     axum::Router::new()
-        .route_service("/sprites.control.v1.Control/{method}", ControlServer::new(coordinator))
+        .route_service("/sprites.control.v1.Control/{method}", ControlServer::from_arc(coordinator))
         .route(
             "/sprites.v1.Sprites/Echo",
             axum::routing::post(async move |request: AxumRequest| {
@@ -369,42 +369,42 @@ fn serve(socket: &Path, app: axum::Router) {
     tokio::spawn(async move { axum::serve(listener, app).await });
 }
 
-pub fn empty() -> ClientBody {
+pub(crate) fn empty() -> ClientBody {
     Empty::new().boxed_unsync()
 }
 
-pub fn full(text: &'static str) -> ClientBody {
+pub(crate) fn full(text: &'static str) -> ClientBody {
     Full::new(Bytes::from_static(text.as_bytes())).boxed_unsync()
 }
 
 /// A whole answer.
 #[derive(Debug)]
-pub struct Reply {
-    pub status: StatusCode,
-    pub headers: HeaderMap,
-    pub body: String,
+pub(crate) struct Reply {
+    pub(crate) status: StatusCode,
+    pub(crate) headers: HeaderMap,
+    pub(crate) body: String,
 }
 
 impl Reply {
-    pub async fn of(answer: Response<Incoming>) -> Self {
+    pub(crate) async fn of(answer: Response<Incoming>) -> Self {
         let (head, body) = answer.into_parts();
         let body = soon("the rest of an answer", body.collect()).await.unwrap().to_bytes();
         Self { status: head.status, headers: head.headers, body: String::from_utf8(body.to_vec()).unwrap() }
     }
 
-    pub fn header(&self, name: &str) -> &str {
+    pub(crate) fn header(&self, name: &str) -> &str {
         self.headers.get(name).map_or("", |value| value.to_str().unwrap())
     }
 
     /// Status and our own code, empty if the answer is not ours.
-    pub fn verdict(&self) -> (u16, &str) {
+    pub(crate) fn verdict(&self) -> (u16, &str) {
         (self.status.as_u16(), self.header("x-sprite-error"))
     }
 }
 
 impl World {
     /// Until the guard is dropped, no wake is answered.
-    pub async fn take_wake_gate(self: Arc<Self>) -> impl Drop {
+    pub(crate) async fn take_wake_gate(self: Arc<Self>) -> impl Drop {
         struct Taken(Arc<World>);
         impl Drop for Taken {
             fn drop(&mut self) {
