@@ -1,0 +1,129 @@
+//! `sprite create`
+
+use std::{hash::BuildHasher as _, time::Instant};
+
+use clap::Args;
+use serde_json::json;
+
+use super::{Done, console};
+use crate::{
+    api::{Call, CallError, LONG_LIMIT},
+    context::Context,
+    failure::Failure,
+    output,
+    target::Target,
+    units,
+};
+
+const NAME_RULE: &str = "a name has 1 to 48 characters: a-z, 0-9 and single hyphens, not at the ends";
+
+#[derive(Clone, Debug, Args)]
+#[command(after_help = "\
+Examples:
+  sprite create demo                                  and a shell in it
+  sprite create demo --skip-console --size l          for scripts
+  sprite create ci-7 --label ci --idle-timeout 5m --json
+  sprite create bot --always-on                       never sleeps, restarted after a loss")]
+pub(crate) struct Arguments {
+    /// Its name [default: one that nobody has]
+    name: Option<String>,
+    /// Do not open a shell in it
+    #[arg(long)]
+    skip_console: bool,
+    /// A label to find it by; may be repeated
+    #[arg(long = "label", value_name = "LABEL")]
+    labels: Vec<String>,
+    /// s (1 CPU, 1 GiB), m (2, 2) or l (4, 4) [default: m]
+    #[arg(long, value_name = "s|m|l")]
+    size: Option<String>,
+    /// Falls asleep when unused for so long, for example 10m, or `never` [default: 30s]
+    #[arg(long, value_name = "DURATION", value_parser = units::duration_or_never)]
+    idle_timeout: Option<String>,
+    /// Never sleeps, and is started again after a loss
+    #[arg(long)]
+    always_on: bool,
+    /// Print the new sprite as JSON; opens no shell
+    #[arg(long)]
+    json: bool,
+}
+
+pub(crate) async fn run(context: &Context, arguments: Arguments) -> Done {
+    let api = context.api()?;
+    let name = context.given(arguments.name)?.unwrap_or_else(random_name);
+    let mut body = json!({ "name": name });
+    if !arguments.labels.is_empty() {
+        body["labels"] = json!(arguments.labels);
+    }
+    for (key, value) in [("size", arguments.size), ("idle_timeout", arguments.idle_timeout)] {
+        if let Some(value) = value {
+            body[key] = json!(value);
+        }
+    }
+    if arguments.always_on {
+        body["always_on"] = json!(true);
+    }
+    let started = Instant::now();
+    let call = Call::post(Target::sprites(), &body).within(LONG_LIMIT);
+    let made = output::with_spinner(format!("creating {name}"), api.json(&call))
+        .await
+        .map_err(|error| explain(error, &name))?;
+    let took = started.elapsed();
+    if arguments.json {
+        output::json(&made)?;
+        return Ok(0);
+    }
+    output::answer(format!("✓ Created {name} sprite in {}", units::took(took)))?;
+    if arguments.skip_console || !output::is_interactive() {
+        return Ok(0);
+    }
+    console::open(&api, &name).await
+}
+
+fn explain(error: CallError, name: &str) -> Failure {
+    let CallError::Refused(refused) = error else { return error.into() };
+    let status = refused.status;
+    let failure = Failure::from(refused);
+    match status.as_u16() {
+        // A server with more to say about it says so itself.
+        409 if failure.advice.is_none() => Failure::new(format!("a sprite {name:?} exists already"))
+            .advise("take another name, or `sprite destroy` it first"),
+        400 | 422 if failure.advice.is_none() => failure.advise(NAME_RULE),
+        _ => failure,
+    }
+}
+
+/// Two words and a number: easy to say, and taken once in a million.
+fn random_name() -> String {
+    const FIRST: [&str; 16] = [
+        "amber", "brisk", "calm", "dapper", "eager", "fleet", "gentle", "hardy", "ivory", "jolly", "keen", "lucid",
+        "merry", "noble", "quick", "sunny",
+    ];
+    const SECOND: [&str; 16] = [
+        "badger", "comet", "dune", "ember", "falcon", "grove", "heron", "island", "juniper", "kite", "lantern",
+        "maple", "nutmeg", "otter", "pine", "raven",
+    ];
+    // Seeded by the system for each process.
+    let random = std::hash::RandomState::new().hash_one(std::process::id()).to_le_bytes();
+    let word = |words: &[&'static str; 16], byte: u8| words[usize::from(byte % 16)];
+    format!(
+        "{}-{}-{}",
+        word(&FIRST, random[0]),
+        word(&SECOND, random[1]),
+        u32::from_le_bytes([random[2], random[3], random[4], 0]) % 10_000
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn random_names_are_names_and_differ() {
+        let names: std::collections::BTreeSet<String> = (0..50).map(|_| random_name()).collect();
+        assert!(names.len() > 40, "{names:?}");
+        assert!(
+            names.iter().all(|name| name.len() <= 48
+                && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-'))
+        );
+    }
+}
