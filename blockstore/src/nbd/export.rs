@@ -14,11 +14,13 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tokio_util::sync::CancellationToken;
 
 use super::memory::MemoryDisk;
+use crate::store::Volume;
 
 /// A block device to serve.
 #[derive(Clone, Debug)]
 pub enum Export {
     Memory(MemoryDisk),
+    Volume(Volume),
     /// Zeros, read-only: a disk whose content comes later (checkpoint mounts, ruling 10).
     Empty {
         size_bytes: u64,
@@ -61,6 +63,7 @@ impl Export {
     pub fn size_bytes(&self) -> u64 {
         match self {
             Self::Memory(disk) => disk.size_bytes(),
+            Self::Volume(volume) => volume.size_bytes(),
             Self::Empty { size_bytes } => *size_bytes,
         }
     }
@@ -73,6 +76,7 @@ impl Export {
     pub(super) async fn read(&self, offset: u64, len_bytes: u32) -> Result<Option<Bytes>, DeviceError> {
         match self {
             Self::Memory(disk) => disk.read(offset, len_bytes).await.map(Some),
+            Self::Volume(volume) => volume.read(offset, len_bytes).await,
             Self::Empty { .. } => Ok(None),
         }
     }
@@ -80,6 +84,7 @@ impl Export {
     pub(super) async fn write(&self, offset: u64, bytes: Bytes) -> Result<(), DeviceError> {
         match self {
             Self::Memory(disk) => disk.write(offset, bytes).await,
+            Self::Volume(volume) => volume.write(offset, bytes).await,
             Self::Empty { .. } => Err(DeviceError::ReadOnly),
         }
     }
@@ -87,6 +92,7 @@ impl Export {
     pub(super) async fn zero(&self, offset: u64, len_bytes: u32, trim: bool) -> Result<(), DeviceError> {
         match self {
             Self::Memory(disk) => disk.zero(offset, len_bytes, trim).await,
+            Self::Volume(volume) => volume.zero(offset, len_bytes).await,
             Self::Empty { .. } => Err(DeviceError::ReadOnly),
         }
     }
@@ -94,6 +100,7 @@ impl Export {
     pub(super) async fn flush(&self) -> Result<(), DeviceError> {
         match self {
             Self::Memory(disk) => disk.flush().await,
+            Self::Volume(volume) => volume.flush().await,
             Self::Empty { .. } => Ok(()),
         }
     }
@@ -101,6 +108,7 @@ impl Export {
     pub(super) async fn extents(&self, offset: u64, len_bytes: u32) -> Result<Vec<Extent>, DeviceError> {
         match self {
             Self::Memory(disk) => disk.extents(offset, len_bytes).await,
+            Self::Volume(volume) => volume.extents(offset, len_bytes).await,
             Self::Empty { .. } => Ok(vec![Extent { len_bytes: u64::from(len_bytes), kind: ExtentKind::Hole }]),
         }
     }
