@@ -1,0 +1,356 @@
+//! The service that the host calls: each rpc is a few words to the part that does it.
+
+use std::{
+    collections::BTreeMap,
+    fs, io,
+    os::fd::AsFd as _,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use proto::agent::{
+    AnswerReply, AnswerRequest, ConfigureReply, ConfigureRequest, EnvironmentState, ExecInput, ExecOutput, FreezeReply,
+    FreezeRequest, GrowFilesystemReply, GrowFilesystemRequest, GuestEvent, HelloReply, HelloRequest, KillEvent,
+    KillSessionRequest, ListSessionsReply, ListSessionsRequest, PortEvent, StartEnvironmentReply,
+    StartEnvironmentRequest, StopEnvironmentReply, StopEnvironmentRequest, SyncReply, SyncRequest, ThawReply,
+    ThawRequest, TunnelInput, TunnelOutput, WatchPortsRequest, WatchRequest, agent_server,
+};
+use tokio::sync::{mpsc, watch};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+
+use crate::{
+    api::{self, Api},
+    environment::{DEVICE, Environment, Phase, Started},
+    exec::Sessions,
+    freeze::Freezer,
+    identity::{self, Identity},
+    log,
+    ports::{self, Listening, Ports},
+    reaper::Reaper,
+    sys, tunnel,
+    watch::Hub,
+};
+
+/// Rises with every change of meaning of the protocol.
+const PROTOCOL: u32 = 1;
+/// What a request without a limit of its own gets.
+const FREEZE_LIMIT_DEFAULT: Duration = Duration::from_millis(200);
+const FROZEN_MAX_DEFAULT: Duration = Duration::from_secs(2);
+const PORT_EVENTS_MAX: usize = 64;
+/// Quick kinds only: under emulation an RSA key takes half a minute.
+const MAKE_HOST_KEYS: &str =
+    "for kind in ed25519 ecdsa; do nice ssh-keygen -q -t $kind -N '' -f /etc/ssh/ssh_host_${kind}_key; done";
+
+/// Everything PID 1 has.
+#[derive(Debug)]
+pub(crate) struct Agent {
+    environment: Arc<Environment>,
+    sessions: Arc<Sessions>,
+    hub: Arc<Hub>,
+    freezer: Freezer,
+    ports: Ports,
+    identity: Arc<Mutex<Identity>>,
+    life: Mutex<Life>,
+    /// The host's entropy is in: from now on ids may be made.
+    configured: AtomicBool,
+    host: watch::Sender<bool>,
+}
+
+/// What of the sprite's first life is done.
+#[derive(Debug, Default)]
+struct Life {
+    /// The host has asked for a fresh identity, and the disk is not mounted yet.
+    pending: bool,
+    /// The file system's UUID has been made new already, while the sprite had no name yet.
+    renewed: bool,
+}
+
+/// While it lives a host is connected.
+#[derive(Debug)]
+pub(crate) struct Connected<'a>(&'a watch::Sender<bool>);
+
+impl Drop for Connected<'_> {
+    fn drop(&mut self) {
+        self.0.send_replace(false);
+    }
+}
+
+impl Agent {
+    pub(crate) fn new(reaper: Reaper) -> Self {
+        let host = watch::Sender::new(false);
+        let ports = Ports::default();
+        let environment = Arc::new(Environment::new(reaper.clone()));
+        let sessions = Sessions::new(Arc::clone(&environment), reaper, ports.clone(), host.subscribe());
+        Self {
+            hub: Hub::new(Arc::clone(&sessions), Arc::clone(&environment)),
+            environment,
+            sessions,
+            freezer: Freezer::default(),
+            ports,
+            identity: Arc::default(),
+            life: Mutex::default(),
+            configured: AtomicBool::new(false),
+            host,
+        }
+    }
+
+    pub(crate) fn host_connected(&self) -> Connected<'_> {
+        self.host.send_replace(true);
+        Connected(&self.host)
+    }
+
+    fn identity(&self) -> MutexGuard<'_, Identity> {
+        self.identity.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn life(&self) -> MutexGuard<'_, Life> {
+        self.life.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn env(&self) -> BTreeMap<String, String> {
+        self.identity().env.clone()
+    }
+
+    /// Brings the identity to the disk of the running environment. What cannot be done there is logged: users may have changed anything.
+    async fn apply_identity(&self, fresh: bool) -> Result<(), Status> {
+        let volume = self.environment.volume().map_err(unavailable)?;
+        let renew = fresh && !std::mem::replace(&mut self.life().renewed, true);
+        let uuid = blocking(move || {
+            if renew && let Err(error) = identity::renew_filesystem_uuid(&volume) {
+                log!("the file system keeps its UUID: {error}");
+            }
+            sys::ext4_uuid(&volume)
+        })
+        .await;
+        let identity = self.identity().clone();
+        let named = !identity.url.is_empty();
+        let make_keys = self.environment.inside(move || {
+            identity::write_files(&identity, fresh);
+            match uuid {
+                Ok(uuid) => {
+                    drop(identity::write_device_record(uuid).map_err(|error| log!("no record of the disk: {error}")))
+                }
+                Err(error) => log!("the file system does not tell its UUID: {error}"),
+            }
+            // An anonymous sprite of the pool gets its keys when it is named.
+            fresh && named && identity::drop_ssh_host_keys()
+        });
+        if make_keys.await.map_err(unavailable)? {
+            let sessions = Arc::clone(&self.sessions);
+            tokio::spawn(async move {
+                match sessions.run_quietly(&["/bin/sh", "-c", MAKE_HOST_KEYS]).await {
+                    Ok(exit) if exit.code() == 0 => {}
+                    Ok(exit) => log!("{}: exit {}", identity::SSH_KEYGEN, exit.code()),
+                    Err(status) => log!("{}: {}", identity::SSH_KEYGEN, status.message()),
+                }
+            });
+        }
+        Ok(())
+    }
+}
+
+fn unavailable(error: impl std::fmt::Display) -> Status {
+    Status::unavailable(error.to_string())
+}
+
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send + 'static) -> io::Result<T> {
+    tokio::task::spawn_blocking(work).await.map_err(io::Error::other)?
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+fn or_default(ms: u32, default: Duration) -> Duration {
+    if ms == 0 { default } else { Duration::from_millis(ms.into()) }
+}
+
+fn uptime_ms() -> u64 {
+    let text = fs::read_to_string("/proc/uptime").unwrap_or_default();
+    let seconds = text.split_whitespace().next().and_then(|seconds| seconds.parse::<f64>().ok());
+    seconds.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok()).map_or(0, millis)
+}
+
+fn grow(volume: &fs::File) -> io::Result<u64> {
+    let bytes = sys::block_device_bytes(&fs::File::open(DEVICE)?)?;
+    let block = u64::try_from(nix::sys::statfs::fstatfs(volume.as_fd())?.block_size()).map_err(io::Error::other)?;
+    let blocks = bytes / block.max(1);
+    sys::resize_ext4(volume, blocks)?;
+    Ok(blocks * block)
+}
+
+async fn tell_ports(mut listening: watch::Receiver<Listening>, to: mpsc::Sender<Result<PortEvent, Status>>) {
+    let mut known = Listening::default();
+    loop {
+        let now = Arc::clone(&listening.borrow_and_update());
+        for event in ports::changes(&known, &now) {
+            if to.send(Ok(event)).await.is_err() {
+                return;
+            }
+        }
+        known = now;
+        tokio::select! {
+            changed = listening.changed() => if changed.is_err() { return },
+            () = to.closed() => return,
+        }
+    }
+}
+
+type Reply<T> = Result<Response<T>, Status>;
+type Stream<T> = ReceiverStream<Result<T, Status>>;
+
+#[tonic::async_trait]
+impl agent_server::Agent for Agent {
+    async fn hello(&self, request: Request<HelloRequest>) -> Reply<HelloReply> {
+        log!("a host of version {} is connected", request.into_inner().host_version);
+        let environment = match self.environment.phase() {
+            Phase::Stopped => EnvironmentState::Stopped,
+            Phase::Started => EnvironmentState::Started,
+            Phase::Failed => EnvironmentState::Failed,
+        };
+        // Reading it makes it, so not in a golden VM, whose clones must differ.
+        let boot_id = if self.configured.load(Ordering::Acquire) { identity::boot_id() } else { String::new() };
+        Ok(Response::new(HelloReply {
+            agent_version: proto::VERSION.into(),
+            protocol: PROTOCOL,
+            boot_id,
+            uptime_ms: uptime_ms(),
+            environment: environment.into(),
+        }))
+    }
+
+    async fn configure(&self, request: Request<ConfigureRequest>) -> Reply<ConfigureReply> {
+        let request = request.into_inner();
+        let machine = request.clone();
+        let off = tokio::task::spawn_blocking(move || identity::configure_machine(&machine)).await;
+        let off = off.map_err(|error| Status::internal(error.to_string()))?;
+        let clock_was_off_ms = off.map_err(|error| Status::failed_precondition(error.to_string()))?;
+        self.configured.store(true, Ordering::Release);
+        let fresh = request.fresh_identity;
+        let identity = Identity {
+            sprite_id: request.sprite_id,
+            name: request.name,
+            url: request.url,
+            org: request.org,
+            version: request.version,
+            env: request.env.into_iter().collect(),
+            dns: request.network.unwrap_or_default().dns,
+        };
+        let moved = {
+            let mut known = self.identity();
+            let moved = (&known.name, &known.dns) != (&identity.name, &identity.dns);
+            *known = identity;
+            moved
+        };
+        if self.environment.phase() == Phase::Started {
+            if fresh || moved {
+                self.apply_identity(fresh).await?;
+            }
+        } else if fresh {
+            self.life().pending = true;
+        }
+        Ok(Response::new(ConfigureReply { clock_was_off_ms }))
+    }
+
+    async fn start_environment(&self, _request: Request<StartEnvironmentRequest>) -> Reply<StartEnvironmentReply> {
+        let started = self.environment.start().await.map_err(|error| Status::failed_precondition(error.to_string()))?;
+        let Started { mount, start, already } = started;
+        if !already {
+            let fresh = std::mem::take(&mut self.life().pending);
+            self.apply_identity(fresh).await?;
+            let api = Api { hub: Arc::clone(&self.hub), identity: Arc::clone(&self.identity) };
+            api::start(api, &self.environment).await.map_err(unavailable)?;
+        }
+        Ok(Response::new(StartEnvironmentReply { mount_ms: millis(mount), start_ms: millis(start) }))
+    }
+
+    async fn stop_environment(&self, request: Request<StopEnvironmentRequest>) -> Reply<StopEnvironmentReply> {
+        // A frozen file system cannot be unmounted.
+        self.freezer.thaw();
+        let grace = Duration::from_millis(request.into_inner().grace_ms.into());
+        let stopped = self.environment.stop(grace).await;
+        Ok(Response::new(StopEnvironmentReply { clean: stopped.clean, holder: stopped.holder }))
+    }
+
+    async fn freeze(&self, request: Request<FreezeRequest>) -> Reply<FreezeReply> {
+        let request = request.into_inner();
+        let volume = match self.environment.volume() {
+            Ok(volume) => volume,
+            Err(error) => {
+                return Ok(Response::new(FreezeReply { reason: error.to_string(), ..FreezeReply::default() }));
+            }
+        };
+        let limit = or_default(request.limit_ms, FREEZE_LIMIT_DEFAULT);
+        let max_frozen = or_default(request.max_frozen_ms, FROZEN_MAX_DEFAULT);
+        Ok(Response::new(self.freezer.freeze(volume, limit, max_frozen).await))
+    }
+
+    async fn thaw(&self, _request: Request<ThawRequest>) -> Reply<ThawReply> {
+        Ok(Response::new(self.freezer.thaw()))
+    }
+
+    async fn grow_filesystem(&self, _request: Request<GrowFilesystemRequest>) -> Reply<GrowFilesystemReply> {
+        let volume = self.environment.volume().map_err(unavailable)?;
+        let grown = blocking(move || grow(&volume)).await;
+        let size_bytes =
+            grown.map_err(|error| Status::failed_precondition(format!("cannot grow the file system: {error}")))?;
+        Ok(Response::new(GrowFilesystemReply { size_bytes }))
+    }
+
+    async fn sync(&self, _request: Request<SyncRequest>) -> Reply<SyncReply> {
+        // Without an environment there is nothing to write.
+        if let Ok(volume) = self.environment.volume() {
+            let synced = blocking(move || Ok(nix::unistd::syncfs(&*volume)?)).await;
+            synced.map_err(|error| Status::data_loss(format!("cannot write everything to the disk: {error}")))?;
+        }
+        Ok(Response::new(SyncReply {}))
+    }
+
+    type ExecStream = Stream<ExecOutput>;
+
+    async fn exec(&self, request: Request<Streaming<ExecInput>>) -> Reply<Self::ExecStream> {
+        let mut inputs = request.into_inner();
+        let first = inputs.message().await?;
+        let messages = self.sessions.serve(first, self.env(), inputs).await?;
+        Ok(Response::new(ReceiverStream::new(messages)))
+    }
+
+    async fn list_sessions(&self, _request: Request<ListSessionsRequest>) -> Reply<ListSessionsReply> {
+        Ok(Response::new(ListSessionsReply { sessions: self.sessions.list() }))
+    }
+
+    type KillSessionStream = Stream<KillEvent>;
+
+    async fn kill_session(&self, request: Request<KillSessionRequest>) -> Reply<Self::KillSessionStream> {
+        Ok(Response::new(ReceiverStream::new(self.sessions.kill(request.into_inner())?)))
+    }
+
+    type TunnelStream = Stream<TunnelOutput>;
+
+    async fn tunnel(&self, request: Request<Streaming<TunnelInput>>) -> Reply<Self::TunnelStream> {
+        Ok(Response::new(ReceiverStream::new(tunnel::open(request.into_inner()).await?)))
+    }
+
+    type WatchPortsStream = Stream<PortEvent>;
+
+    async fn watch_ports(&self, _request: Request<WatchPortsRequest>) -> Reply<Self::WatchPortsStream> {
+        let (events, out) = mpsc::channel(PORT_EVENTS_MAX);
+        tokio::spawn(tell_ports(self.ports.watch().await, events));
+        Ok(Response::new(ReceiverStream::new(out)))
+    }
+
+    type WatchStream = Stream<GuestEvent>;
+
+    async fn watch(&self, _request: Request<WatchRequest>) -> Reply<Self::WatchStream> {
+        Ok(Response::new(ReceiverStream::new(self.hub.watch())))
+    }
+
+    async fn answer(&self, request: Request<AnswerRequest>) -> Reply<AnswerReply> {
+        self.hub.answer(request.into_inner()).await;
+        Ok(Response::new(AnswerReply {}))
+    }
+}

@@ -1,0 +1,234 @@
+//! Who this VM is, and what time it is. The host tells after every restore, before user code runs (machine-and-vm.md).
+//!
+//! Clones of one golden VM must differ (ruling 21): machine-id, ssh host keys and the file system's UUID are made new in a sprite's first life, from the
+//! kernel's random generator *after* the host's entropy went into it. The kernel's boot_id makes itself at its first read, which is here.
+
+use std::{
+    collections::BTreeMap,
+    fs::{self, File},
+    io::{self, Write as _},
+    os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _},
+    path::Path,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use nix::{
+    libc,
+    sys::time::TimeSpec,
+    time::{ClockId, clock_settime},
+};
+use proto::agent::ConfigureRequest;
+
+use crate::{environment::DEVICE, log, sys};
+
+/// A file of ours that is read back before it is written; users may have put anything there.
+const FILE_BYTES_MAX: u64 = 64 << 10;
+const MACHINE_ID: &str = "/etc/machine-id";
+const SSH_FOLDER: &str = "/etc/ssh";
+/// Makes host keys; they are only made where there is a server for them.
+pub(crate) const SSH_KEYGEN: &str = "/usr/bin/ssh-keygen";
+
+/// What the host has told.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Identity {
+    pub sprite_id: String,
+    pub name: String,
+    pub url: String,
+    pub org: String,
+    pub version: String,
+    pub env: BTreeMap<String, String>,
+    pub dns: String,
+}
+
+/// What was not done of a configuration.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ConfigureError {
+    #[error("cannot set the clock: {0}")]
+    Clock(#[source] io::Error),
+    #[error("entropy has to be {wanted} bytes, not {0}", wanted = sys::ENTROPY_BYTES)]
+    EntropyLength(usize),
+    #[error("cannot reseed the random generator: {0}")]
+    Entropy(#[source] io::Error),
+    #[error("cannot set the hostname: {0}")]
+    Hostname(#[source] io::Error),
+    #[error(transparent)]
+    Network(#[from] crate::net::NetError),
+}
+
+/// What concerns the machine, whether the environment runs or not. Returns how far the clock was off, in ms.
+pub(crate) fn configure_machine(request: &ConfigureRequest) -> Result<i64, ConfigureError> {
+    let off = set_clock(request.unix_time_ns).map_err(ConfigureError::Clock)?;
+    if !request.entropy.is_empty() {
+        let entropy = request.entropy.as_slice().try_into();
+        let entropy = entropy.map_err(|_wrong| ConfigureError::EntropyLength(request.entropy.len()))?;
+        let reseed = || sys::add_entropy(&fs::OpenOptions::new().write(true).open("/dev/urandom")?, entropy);
+        reseed().map_err(ConfigureError::Entropy)?;
+    }
+    if !request.name.is_empty() {
+        nix::unistd::sethostname(&request.name).map_err(io::Error::from).map_err(ConfigureError::Hostname)?;
+    }
+    if let Some(network) = &request.network {
+        crate::net::configure(network)?;
+    }
+    Ok(off)
+}
+
+fn set_clock(unix_time_ns: u64) -> io::Result<i64> {
+    if unix_time_ns == 0 {
+        return Ok(0);
+    }
+    let right = Duration::from_nanos(unix_time_ns);
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    clock_settime(ClockId::CLOCK_REALTIME, TimeSpec::from_duration(right))?;
+    let millis = |duration: Duration| i64::try_from(duration.as_millis()).unwrap_or(i64::MAX);
+    Ok(millis(now).saturating_sub(millis(right)))
+}
+
+/// The kernel's boot id. The first read makes it, so nothing reads it before the host's entropy is in.
+pub(crate) fn boot_id() -> String {
+    fs::read_to_string("/proc/sys/kernel/random/boot_id").map(|text| text.trim().to_owned()).unwrap_or_default()
+}
+
+pub(crate) fn random<const N: usize>() -> io::Result<[u8; N]> {
+    let mut bytes = [0; N];
+    // The kernel's generator, not one of this process: that one is the same in all clones of a golden VM.
+    rand::TryRngCore::try_fill_bytes(&mut rand::rngs::OsRng, &mut bytes).map_err(io::Error::other)?;
+    Ok(bytes)
+}
+
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// A new UUID for the mounted file system. Done from outside of the environment.
+pub(crate) fn renew_filesystem_uuid(volume: &File) -> io::Result<()> {
+    let mut uuid: [u8; 16] = random()?;
+    uuid[6] = uuid[6] & 0x0f | 0x40;
+    uuid[8] = uuid[8] & 0x3f | 0x80;
+    sys::set_ext4_uuid(volume, uuid)
+}
+
+/// Writes the sprite's name and resolver where programs look for them. Runs inside the environment.
+pub(crate) fn write_files(identity: &Identity, fresh: bool) {
+    let name = &identity.name;
+    let mut files = Vec::new();
+    if !name.is_empty() {
+        files.push(("/etc/hostname", format!("{name}\n")));
+        files.push((
+            "/etc/hosts",
+            format!("127.0.0.1\tlocalhost\n127.0.1.1\t{name}\n::1\tlocalhost ip6-localhost ip6-loopback\nff02::1\tip6-allnodes\nff02::2\tip6-allrouters\n"),
+        ));
+    }
+    if !identity.dns.is_empty() {
+        files.push(("/etc/resolv.conf", format!("nameserver {}\n", identity.dns)));
+    }
+    if fresh {
+        match random::<16>() {
+            Ok(id) => files.push((MACHINE_ID, format!("{}\n", hex(&id)))),
+            Err(error) => log!("no new machine-id: {error}"),
+        }
+    }
+    for (path, text) in files {
+        // Users may change what they like; only what was never written, or belongs to another life of the disk, is replaced.
+        let keep = path == "/etc/hosts" && !fresh && Path::new(path).exists();
+        if !keep && let Err(error) = write_if_new(Path::new(path), text.as_bytes()) {
+            log!("{path}: {error}");
+        }
+    }
+}
+
+/// Replaces a file as a whole, whatever it was; the same content is left alone, so that nothing is written for nothing.
+fn write_if_new(path: &Path, content: &[u8]) -> io::Result<()> {
+    if read_plain(path).is_ok_and(|present| present == content) {
+        return Ok(());
+    }
+    let beside = path.with_extension("sprite-new");
+    drop(fs::remove_file(&beside));
+    let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o644).open(&beside)?;
+    file.write_all(content)?;
+    fs::rename(&beside, path)
+}
+
+/// Reads a regular file; anything else could block.
+fn read_plain(path: &Path) -> io::Result<Vec<u8>> {
+    let file = fs::OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOFOLLOW).open(path)?;
+    if !file.metadata()?.is_file() {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    let mut content = Vec::new();
+    io::Read::read_to_end(&mut io::Read::take(file, FILE_BYTES_MAX), &mut content)?;
+    Ok(content)
+}
+
+/// Removes the ssh host keys that came with the image. Says whether new ones can be made. Runs inside the environment.
+pub(crate) fn drop_ssh_host_keys() -> bool {
+    let Ok(entries) = fs::read_dir(SSH_FOLDER) else { return false };
+    for entry in entries.filter_map(Result::ok) {
+        let name = entry.file_name();
+        if name.to_string_lossy().starts_with("ssh_host_")
+            && let Err(error) = fs::remove_file(entry.path())
+        {
+            log!("{}: {error}", entry.path().display());
+        }
+    }
+    Path::new(SSH_KEYGEN).exists()
+}
+
+/// Tells programs the disk's UUID as udev would: without it only root can ask. Runs inside the environment.
+pub(crate) fn write_device_record(uuid: [u8; 16]) -> io::Result<()> {
+    let number = fs::metadata(DEVICE)?.rdev();
+    let (major, minor) = (libc::major(number), libc::minor(number));
+    let text = hyphenated(&uuid);
+    let folder = Path::new("/run/udev/data");
+    fs::create_dir_all(folder)?;
+    let record = format!(
+        "E:ID_FS_UUID={text}\nE:ID_FS_UUID_ENC={text}\nE:ID_FS_TYPE=ext4\nE:ID_FS_USAGE=filesystem\nE:ID_FS_VERSION=1.0\n"
+    );
+    let path = folder.join(format!("b{major}:{minor}"));
+    fs::write(&path, record)?;
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o644))
+}
+
+fn hyphenated(uuid: &[u8; 16]) -> String {
+    let hex = hex(uuid);
+    [&hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..]].join("-")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn uuids_are_written_as_blkid_does() {
+        let bytes = [0x5e, 0x00, 0xff, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13];
+        assert_eq!(hyphenated(&bytes), "5e00ff01-0203-0405-0607-08090a0b0c0d");
+    }
+
+    #[test]
+    fn a_file_is_replaced_whole_and_only_when_it_differs() {
+        let folder = std::env::temp_dir().join(format!("sprite-identity-{}", std::process::id()));
+        fs::create_dir_all(&folder).unwrap();
+        let file = folder.join("hostname");
+        write_if_new(&file, b"one\n").unwrap();
+        let inode = fs::metadata(&file).unwrap().ino();
+        write_if_new(&file, b"one\n").unwrap();
+        assert_eq!(fs::metadata(&file).unwrap().ino(), inode, "written although nothing changed");
+        // A link or a pipe in its place is replaced, not followed or waited for.
+        let target = folder.join("target");
+        fs::write(&target, "kept").unwrap();
+        fs::remove_file(&file).unwrap();
+        std::os::unix::fs::symlink(&target, &file).unwrap();
+        write_if_new(&file, b"two\n").unwrap();
+        assert_eq!((fs::read(&file).unwrap(), fs::read(&target).unwrap()), (b"two\n".to_vec(), b"kept".to_vec()));
+        fs::remove_file(&file).unwrap();
+        nix::unistd::mkfifo(&file, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        write_if_new(&file, b"three\n").unwrap();
+        assert_eq!(fs::read(&file).unwrap(), b"three\n");
+        fs::remove_dir_all(folder).unwrap();
+    }
+
+    #[test]
+    fn random_bytes_differ() {
+        assert_ne!(random::<16>().unwrap(), random::<16>().unwrap());
+    }
+}
