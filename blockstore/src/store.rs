@@ -62,3 +62,6 @@ pub use types::{
     MemoryInfo, MemorySource, MemoryTarget, StoreConfig, StoreError, VolumeError, VolumeStatus,
 };
 pub use volume::Volume;
+
+#[cfg(test)]
+mod tests;

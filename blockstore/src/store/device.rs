@@ -138,6 +138,11 @@ impl Device {
         self.log.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    #[cfg(test)]
+    pub(super) fn tear(&self, keep: f64) {
+        self.log().tear(keep);
+    }
+
     pub(super) fn progress(&self) -> watch::Receiver<u64> {
         self.progress.subscribe()
     }
@@ -182,8 +187,10 @@ impl Device {
 
     pub(super) async fn write(self: &Arc<Self>, offset: u64, bytes: Bytes) -> Result<(), DeviceError> {
         self.checked(offset, bytes.len() as u64)?;
-        let records = (0..bytes.len()).step_by(PAYLOAD_BYTES_MAX).map(|from| {
-            let part = bytes.slice(from..bytes.len().min(from + PAYLOAD_BYTES_MAX));
+        // A record lies in one segment.
+        let most = usize::try_from(self.limits.segment_bytes / 4).map_or(PAYLOAD_BYTES_MAX, |max| max.min(PAYLOAD_BYTES_MAX));
+        let records = (0..bytes.len()).step_by(most).map(|from| {
+            let part = bytes.slice(from..bytes.len().min(from + most));
             Record::Write { offset: offset + from as u64, bytes: part }
         });
         for record in records {

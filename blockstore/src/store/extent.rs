@@ -67,10 +67,12 @@ impl<V: Value> ExtentMap<V> {
 
     /// What lies in `range`, in order, cut to it.
     pub(super) fn within(&self, range: Range<u64>) -> impl Iterator<Item = (Range<u64>, V)> + '_ {
+        let (first, last) = (range.start, range.end);
         let before = self.extents.range(..range.start).next_back().filter(move |(_, (end, _))| *end > range.start);
-        before.into_iter().chain(self.extents.range(range.clone())).map(move |(&start, (end, value))| {
-            let from = start.max(range.start);
-            (from..(*end).min(range.end), value.advance(from - start))
+        let touching = before.into_iter().chain(self.extents.range(range.clone()));
+        touching.filter(move |_| !range.is_empty()).map(move |(&start, (end, value))| {
+            let from = start.max(first);
+            (from..(*end).min(last), value.advance(from - start))
         })
     }
 

@@ -250,10 +250,24 @@ impl Log {
         Ok(())
     }
 
-    /// The end of the log, for tests that tear it.
+    /// Loses what a power failure may lose: what was written since the last sync, except the first part of it, as large as `keep` says.
     #[cfg(test)]
-    pub(super) fn tail(&self) -> Option<(PathBuf, u64)> {
-        self.current.as_ref().map(|current| (current.segment.path(&self.dir), current.tail))
+    pub(super) fn tear(&self, keep: f64) {
+        let Some(current) = &self.current else { return };
+        let bytes = fs::read(current.segment.path(&self.dir)).unwrap();
+        let mut at = usize::try_from(HEADER_BYTES).unwrap();
+        let synced = self.synced.load(Ordering::Acquire);
+        while let Some((head, payload_at)) = record_at(&bytes, at, current.segment.header.salt) {
+            if head.lsn > synced {
+                break;
+            }
+            at = (payload_at + head.payload_len as usize).next_multiple_of(RECORD_BYTES);
+        }
+        let tail = usize::try_from(current.tail).unwrap();
+        let lost = tail.saturating_sub(at);
+        let kept = std::time::Duration::from_secs(lost as u64).mul_f64(keep).as_secs();
+        let from = at + usize::try_from(kept).unwrap();
+        current.segment.file.write_all_at(&vec![0; tail.saturating_sub(from)], from as u64).unwrap();
     }
 }
 
