@@ -188,7 +188,8 @@ impl Device {
     pub(super) async fn write(self: &Arc<Self>, offset: u64, bytes: Bytes) -> Result<(), DeviceError> {
         self.checked(offset, bytes.len() as u64)?;
         // A record lies in one segment.
-        let most = usize::try_from(self.limits.segment_bytes / 4).map_or(PAYLOAD_BYTES_MAX, |max| max.min(PAYLOAD_BYTES_MAX));
+        let most =
+            usize::try_from(self.limits.segment_bytes / 4).map_or(PAYLOAD_BYTES_MAX, |max| max.min(PAYLOAD_BYTES_MAX));
         let records = (0..bytes.len()).step_by(most).map(|from| {
             let part = bytes.slice(from..bytes.len().min(from + most));
             Record::Write { offset: offset + from as u64, bytes: part }

@@ -89,6 +89,15 @@ impl Site {
         self.store().create(SpriteId::generate(), &self.empty_base().await, size_bytes).await.unwrap()
     }
 
+    /// Deletes the local folder, also while files are still being prepared in it.
+    fn wipe(&self) {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while let Err(error) = fs::remove_dir_all(self.store_dir()) {
+            let again = error.kind() == std::io::ErrorKind::DirectoryNotEmpty && Instant::now() < deadline;
+            assert!(again, "{error}");
+        }
+    }
+
     /// Ends the process as `kill -9` does, and with `power` as a power failure that keeps as much of what was not synced.
     async fn crash(&mut self, volume: Volume, power: Option<f64>) {
         let id = volume.id();

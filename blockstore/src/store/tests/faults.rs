@@ -124,7 +124,7 @@ async fn a_crash_between_packs_and_head_leaves_orphans_only() {
     assert_eq!(read(&volume, 0, 12288).await, expected);
     volume.push().await.unwrap();
     volume.release().await.unwrap();
-    fs::remove_dir_all(site.store_dir()).unwrap();
+    site.wipe();
     site.open().await;
     let volume = site.store().acquire(id).await.unwrap();
     assert_eq!(read(&volume, 0, 12288).await, expected);
@@ -157,7 +157,8 @@ async fn another_owner_fences_this_one_for_ever() {
     // Someone decided that host a is lost.
     let key = super::super::head::head_key(id);
     let record = site.bucket().read_record::<Head>(&key).await.unwrap().unwrap();
-    let head = Head { state: HeadState::Cold, node: None, epoch: Epoch(record.value.epoch.0 + 1), ..record.value.clone() };
+    let head =
+        Head { state: HeadState::Cold, node: None, epoch: Epoch(record.value.epoch.0 + 1), ..record.value.clone() };
     site.bucket().update_record(&record, head).await.unwrap();
     let taken = other.acquire(id).await.unwrap();
     assert_eq!(read(&taken, 0, 4096).await, [1; 4096]);
@@ -206,7 +207,7 @@ async fn a_missing_pack_is_an_error_and_no_zeros() {
     write(&volume, 0, &noise(1, 65536)).await;
     write(&volume, 65536 * 3, &noise(2, 65536)).await;
     volume.release().await.unwrap();
-    fs::remove_dir_all(site.store_dir()).unwrap();
+    site.wipe();
     let bucket = site.bucket();
     let first = format!("v1/vol/{id}/p/1-0.pack");
     let mut bytes = bucket.get(&first).await.unwrap().unwrap().bytes.to_vec();

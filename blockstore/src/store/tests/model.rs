@@ -6,16 +6,32 @@ use super::*;
 
 #[derive(Clone, Debug)]
 enum Step {
-    Write { offset: u64, len: u64, seed: u64 },
-    Zero { offset: u64, len: u64 },
-    Read { offset: u64, len: u64 },
+    Write {
+        offset: u64,
+        len: u64,
+        seed: u64,
+    },
+    Zero {
+        offset: u64,
+        len: u64,
+    },
+    Read {
+        offset: u64,
+        len: u64,
+    },
     Flush,
     Push,
     Seal,
-    Restore { which: usize },
-    Delete { which: usize },
+    Restore {
+        which: usize,
+    },
+    Delete {
+        which: usize,
+    },
     /// `kill -9`, or a power failure that keeps a share of the unsynced tail.
-    Crash { power: Option<f64> },
+    Crash {
+        power: Option<f64>,
+    },
     /// Everything to the bucket, the local folder deleted.
     Move,
     /// The local folder is lost without a release.
@@ -96,7 +112,8 @@ async fn run(steps: Vec<Step>) {
     let mut volume = site.volume(SIZE).await;
     let id = volume.id();
     let zeros = vec![0; usize::try_from(SIZE).unwrap()];
-    let mut model = Model { states: vec![zeros], synced: 0, pushed: 0, checkpoints: vec![], durable: 0, base: None, sealed: 0 };
+    let mut model =
+        Model { states: vec![zeros], synced: 0, pushed: 0, checkpoints: vec![], durable: 0, base: None, sealed: 0 };
     for step in steps {
         let index = |at: u64| usize::try_from(at).unwrap();
         match step {
@@ -164,7 +181,7 @@ async fn run(steps: Vec<Step>) {
             }
             Step::Move => {
                 volume.release().await.unwrap();
-                fs::remove_dir_all(site.store_dir()).unwrap();
+                site.wipe();
                 site.open().await;
                 volume = site.store().acquire(id).await.unwrap();
                 let floor = model.states.len() - 1;
@@ -174,7 +191,7 @@ async fn run(steps: Vec<Step>) {
             Step::LoseHost => {
                 site.crash(volume, None).await;
                 drop(site.store.take());
-                fs::remove_dir_all(site.store_dir()).unwrap();
+                site.wipe();
                 site.open().await;
                 volume = site.store().acquire(id).await.unwrap();
                 let floor = model.pushed;

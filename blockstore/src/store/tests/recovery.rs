@@ -107,7 +107,7 @@ async fn a_checkpoint_whose_host_is_lost_before_its_push_is_listed_as_lost() {
     let durable = site.store().head(id).await.unwrap().unwrap().checkpoints[0].kept.is_some();
     site.crash(volume, None).await;
     drop(site.store.take());
-    fs::remove_dir_all(site.store_dir()).unwrap();
+    site.wipe();
     site.faults.set(None);
     site.open().await;
     let volume = site.store().acquire(id).await.unwrap();

@@ -22,7 +22,7 @@ async fn two_volumes_share_a_base_and_not_their_writes() {
     assert!(read(&one, 0, len).await == changed);
     let id = one.id();
     one.release().await.unwrap();
-    fs::remove_dir_all(site.store_dir()).unwrap();
+    site.wipe();
     site.open().await;
     // The image itself is not needed any more.
     fs::remove_file(site.dir.path().join("image")).unwrap();
@@ -138,13 +138,10 @@ async fn memory_is_published_with_its_disk_fetched_elsewhere_and_retired() {
     let info = volume.memory().unwrap();
     assert_eq!((info.lsn, info.memory_bytes), (Lsn(1), memory.len() as u64));
     volume.release().await.unwrap();
-    let target = MemoryTarget {
-        memory_file: file("memory.new"),
-        golden_file: file("golden"),
-        state_file: file("state.new"),
-    };
+    let target =
+        MemoryTarget { memory_file: file("memory.new"), golden_file: file("golden"), state_file: file("state.new") };
     let (expected_memory, state) = (memory, noise(4, 123_456));
-    fs::remove_dir_all(site.store_dir()).unwrap();
+    site.wipe();
     site.open().await;
     let volume = site.store().acquire(id).await.unwrap();
     assert_eq!(volume.fetch_memory(target.clone()).await.unwrap(), info);
