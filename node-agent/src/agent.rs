@@ -18,7 +18,10 @@ use std::{
     os::unix::net::UnixStream as StdUnixStream,
     path::{Path, PathBuf},
     pin::Pin,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
     task::{Context, Poll},
     time::Duration,
 };
@@ -27,11 +30,12 @@ use futures_util::Stream;
 use hyper_util::rt::TokioIo;
 use proto::{
     agent::{
-        AnswerRequest, ConfigureRequest, ConfigureReply, ExecInput, ExecOutput, ExecStart, FreezeReply, FreezeRequest,
-        GrowFilesystemReply, GrowFilesystemRequest, GuestEvent, HelloReply, HelloRequest, KillEvent, KillSessionRequest,
-        ListSessionsRequest, PortEvent, Session as GuestSession, StartEnvironmentReply, StartEnvironmentRequest,
-        StopEnvironmentReply, StopEnvironmentRequest, SyncRequest, ThawReply, ThawRequest, TunnelInput, TunnelOutput,
-        WatchPortsRequest, WatchRequest, agent_client::AgentClient as Rpc, exec_input, exec_output,
+        AnswerRequest, ConfigureReply, ConfigureRequest, ExecInput, ExecOutput, ExecStart, FreezeReply, FreezeRequest,
+        GrowFilesystemReply, GrowFilesystemRequest, GuestEvent, HelloReply, HelloRequest, KillEvent,
+        KillSessionRequest, ListSessionsRequest, PortEvent, Session as GuestSession, StartEnvironmentReply,
+        StartEnvironmentRequest, StopEnvironmentReply, StopEnvironmentRequest, SyncRequest, ThawReply, ThawRequest,
+        TunnelInput, TunnelOutput, WatchPortsRequest, WatchRequest, agent_client::AgentClient as Rpc, exec_input,
+        exec_output,
     },
     resync,
 };
@@ -103,8 +107,10 @@ pub struct AgentClient {
 
 #[derive(Debug)]
 struct Session {
-    /// A second descriptor of the stream, to shut it from outside of its connection task.
-    socket: StdUnixStream,
+    /// Tells it from every other of this process.
+    number: u64,
+    /// A second descriptor of the stream, to shut it from outside of its connection task; `None` if there never was one.
+    socket: Option<StdUnixStream>,
     open: watch::Receiver<bool>,
     hello: HelloReply,
 }
@@ -144,7 +150,26 @@ impl AgentClient {
         let mut rpc = Rpc::new(channel);
         let request = HelloRequest { host_version: proto::VERSION.into() };
         let hello = reply("Hello", rpc.hello(request).await).map_err(ConnectError::Hello)?;
-        Ok(Self { rpc, session: Arc::new(Session { socket, open, hello }) })
+        Ok(Self { rpc, session: Arc::new(Session { number: next_number(), socket: Some(socket), open, hello }) })
+    }
+
+    /// A session that has ended before it began: for a guest whose vCPUs stand still and who has not been met since the node agent's start.
+    pub fn absent() -> Self {
+        let connector = tower::service_fn(|_uri| {
+            let absent: io::Result<TokioIo<UnixStream>> = Err(io::ErrorKind::NotConnected.into());
+            std::future::ready(absent)
+        });
+        let rpc = Rpc::new(Endpoint::from_static("http://guest").connect_with_connector_lazy(connector));
+        let (_closed, open) = watch::channel(false);
+        Self {
+            rpc,
+            session: Arc::new(Session { number: next_number(), socket: None, open, hello: HelloReply::default() }),
+        }
+    }
+
+    /// Differs from that of every other session of this process.
+    pub fn number(&self) -> u64 {
+        self.session.number
     }
 
     /// What the guest said at the beginning of the session.
@@ -166,7 +191,9 @@ impl AgentClient {
     /// Ends the session for all clones. The guest sees the end of the stream, so that no half conversation is in a snapshot taken afterwards.
     pub async fn disconnect(&self) {
         // Fails only when the other side was first.
-        drop(self.session.socket.shutdown(Shutdown::Both));
+        if let Some(socket) = &self.session.socket {
+            drop(socket.shutdown(Shutdown::Both));
+        }
         if tokio::time::timeout(DISCONNECT_LIMIT, self.closed()).await.is_err() {
             tracing::warn!("the guest's control channel is shut, but its task holds on");
         }
@@ -220,7 +247,8 @@ impl AgentClient {
         let start = ExecStart { argv, ..ExecStart::default() };
         let start = ExecInput { input: Some(exec_input::Input::Start(start)) };
         // The input stays open until the end; its end would be a disconnect.
-        let input = futures_util::StreamExt::chain(futures_util::stream::iter([start]), futures_util::stream::pending());
+        let input =
+            futures_util::StreamExt::chain(futures_util::stream::iter([start]), futures_util::stream::pending());
         let mut output = self.exec(input).await?;
         loop {
             match output.message().await.map_err(|source| CallError { call: "Exec", source: Box::new(source) })? {
@@ -264,6 +292,11 @@ impl AgentClient {
     pub async fn answer(&self, answer: AnswerRequest) -> Result<(), CallError> {
         reply("Answer", self.rpc.clone().answer(Request::new(answer)).await).map(|_nothing| ())
     }
+}
+
+fn next_number() -> u64 {
+    static NEXT: AtomicU64 = AtomicU64::new(1);
+    NEXT.fetch_add(1, Ordering::Relaxed)
 }
 
 fn reply<T>(call: &'static str, result: Result<Response<T>, Status>) -> Result<T, CallError> {
@@ -314,7 +347,11 @@ impl Drop for Watched {
 }
 
 impl AsyncRead for Watched {
-    fn poll_read(mut self: Pin<&mut Self>, context: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         let before = buffer.filled().len();
         let polled = Pin::new(&mut self.stream).poll_read(context, buffer);
         let ended = match &polled {

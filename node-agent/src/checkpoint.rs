@@ -33,7 +33,12 @@ pub struct Taken {
 /// # Errors
 ///
 /// When the seal could not be recorded; then no checkpoint exists and no number is used up.
-pub async fn take(agent: &AgentClient, volume: &Volume, comment: String, is_auto: bool) -> Result<Taken, CheckpointError> {
+pub async fn take(
+    agent: &AgentClient,
+    volume: &Volume,
+    comment: String,
+    is_auto: bool,
+) -> Result<Taken, CheckpointError> {
     let begun = Instant::now();
     let frozen = match agent.freeze(FREEZE_LIMIT_MS, FROZEN_LIMIT_MS).await {
         Ok(answer) if answer.frozen => true,
@@ -53,7 +58,9 @@ pub async fn take(agent: &AgentClient, volume: &Volume, comment: String, is_auto
     if frozen {
         match agent.thaw().await {
             Ok(answer) => pause = Duration::from_micros(answer.frozen_us),
-            Err(error) => tracing::warn!(sprite = %volume.id(), error = chain(&error), "cannot thaw; the guest does it by itself"),
+            Err(error) => {
+                tracing::warn!(sprite = %volume.id(), error = chain(&error), "cannot thaw; the guest does it by itself")
+            }
         }
     }
     Ok(Taken { checkpoint: sealed?, pause, returned: begun.elapsed() })

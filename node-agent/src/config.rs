@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use blockstore::bucket::Bucket;
 
-use crate::qemu::Accel;
+use crate::{net::NetworkConfig, qemu::Accel};
 
 /// Settings of one node agent. Paths are absolute.
 #[derive(Clone, Debug)]
@@ -29,6 +29,17 @@ pub struct Config {
     pub denied_networks: Vec<String>,
     /// Memory that has to stay free on the host for a VM to be started.
     pub memory_reserve_bytes: u64,
+}
+
+impl Config {
+    /// What the host's network is set up with.
+    pub fn network(&self) -> NetworkConfig {
+        NetworkConfig {
+            instance: self.instance.clone(),
+            denied: self.denied_networks.clone(),
+            ..NetworkConfig::default()
+        }
+    }
 }
 
 /// The guest's pieces, built by `guest/image`.

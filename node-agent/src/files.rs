@@ -85,6 +85,13 @@ pub(crate) fn write_atomically(path: &Path, content: &[u8]) -> io::Result<()> {
     sync_folder(folder)
 }
 
+/// Writes a file so that whoever opens it finds it whole, or as before. After a crash of the host it may be empty.
+pub(crate) fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
+    let temporary = path.with_extension("tmp");
+    fs::write(&temporary, content)?;
+    fs::rename(&temporary, path)
+}
+
 /// Makes renames and removals in `folder` survive a crash.
 pub(crate) fn sync_folder(folder: &Path) -> io::Result<()> {
     File::open(folder)?.sync_all()

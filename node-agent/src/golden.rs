@@ -82,7 +82,8 @@ impl Golden {
 
 async fn make(resources: &Resources, size: SizeClass, folder: &Path) -> Result<(), GoldenError> {
     let prepare = |what: &'static str| move |source: io::Error| GoldenError::Prepare { what, source };
-    let slot = resources.slots.take().ok_or_else(|| prepare("a network slot")(io::Error::other("all slots are in use")))?;
+    let slot =
+        resources.slots.take().ok_or_else(|| prepare("a network slot")(io::Error::other("all slots are in use")))?;
     let uid = resources.uid(slot.number());
     let work = RunDir {
         folder: resources.config.data.join("golden").join(format!("making-{}", size.as_str())),
@@ -128,10 +129,11 @@ async fn boot_and_save(
     let start = Start::Boot { kernel: image.kernel.clone(), initrd: image.initrd.clone() };
     let args = resources.model(size).arguments(&vm_files, &start);
     let spec = resources.jail_spec(work, slot, args, net, tap.as_raw_fd());
-    let process = match jail::spawn(&resources.config.sprited, &spec).await.and_then(|jailed| Process::watch(jailed.qemu_pid)) {
-        Ok(process) => process,
-        Err(source) => return Err(GoldenError::Prepare { what: "the process", source }),
-    };
+    let process =
+        match jail::spawn(&resources.config.sprited, &spec).await.and_then(|jailed| Process::watch(jailed.qemu_pid)) {
+            Ok(process) => process,
+            Err(source) => return Err(GoldenError::Prepare { what: "the process", source }),
+        };
     let saved = save_when_up(work, &spec).await;
     let killed = process.kill(Duration::from_secs(10)).await;
     saved?;
@@ -146,7 +148,8 @@ async fn save_when_up(work: &RunDir, spec: &jail::JailSpec) -> Result<(), Golden
         Err(source) => {
             let console = work.folder.join("console.log");
             let text = qmp.console_tail().await.unwrap_or_else(|error| format!("no console: {error}"));
-            std::fs::write(&console, text).map_err(|source| GoldenError::Prepare { what: "its console log", source })?;
+            std::fs::write(&console, text)
+                .map_err(|source| GoldenError::Prepare { what: "its console log", source })?;
             return Err(GoldenError::Boot { console, source });
         }
     };

@@ -79,7 +79,9 @@ impl Node for NodeService {
             "paused" => Depth::Paused,
             "" | "suspended" => Depth::Suspended,
             "cold" => Depth::Cold,
-            other => return Err(Status::invalid_argument(format!("cannot sleep {other:?}: use paused, suspended or cold"))),
+            other => {
+                return Err(Status::invalid_argument(format!("cannot sleep {other:?}: use paused, suspended or cold")));
+            }
         };
         let report = self.host.sleep(id, depth).await.map_err(order_status)?;
         let ms = |duration: std::time::Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
@@ -151,7 +153,9 @@ impl Node for NodeService {
                     }
                     Ok(last)
                 }
-                (Err(error), _) => Err(Status::unavailable(format!("sealed, but not in the bucket yet: {}", chain(&error)))),
+                (Err(error), _) => {
+                    Err(Status::unavailable(format!("sealed, but not in the bucket yet: {}", chain(&error))))
+                }
                 (Ok(()), None) => Err(Status::internal("a checkpoint without an end")),
             };
             drop(sender.send(end).await);
@@ -225,7 +229,8 @@ impl Node for NodeService {
 
     async fn describe(&self, _request: Request<DescribeRequest>) -> Result<Response<DescribeReply>, Status> {
         let resources = self.host.resources();
-        let running = self.host.ids().iter().filter_map(|id| self.host.status(*id)).filter(|status| status.qemu_pid > 0).count();
+        let running =
+            self.host.ids().iter().filter_map(|id| self.host.status(*id)).filter(|status| status.qemu_pid > 0).count();
         Ok(Response::new(DescribeReply {
             node: resources.config.node.clone(),
             version: proto::VERSION.to_owned(),

@@ -10,17 +10,21 @@ use std::{
 };
 
 use blockstore::bucket::RecordError;
-use proto::{id::SpriteId, node::SpriteStatus, record::SpriteRecord};
+use proto::{
+    id::SpriteId,
+    node::SpriteStatus,
+    record::{DISK_BYTES_DEFAULT, SpriteRecord},
+};
 use tokio::sync::{broadcast, oneshot, watch};
 
 use crate::{
     agent::AgentClient,
     net::SpriteNet,
-    pool::{Pool, Prepared},
+    pool::{self, Pool, Prepared},
     resources::Resources,
     vm::{
         Depth, Settled,
-        change::{self, Parts, chain},
+        change::{self, BootError, Parts, chain},
         task::{self, Command, OrderError, SleepReport, SpriteHandle, UseGuard},
     },
 };
@@ -78,7 +82,7 @@ pub enum WakeError {
 /// Why a sprite was not made.
 #[derive(Debug, thiserror::Error)]
 pub enum CreateError {
-    #[error("this host has no room for another sprite: {0}")]
+    #[error("{0}")]
     NoCapacity(String),
     #[error("cannot write the record of the new sprite")]
     Record(#[source] RecordError),
@@ -120,23 +124,21 @@ impl Host {
     ///
     /// Not cancel safe: a sprite made for a caller that is gone stays, and its name object says so.
     pub async fn create(&self, mut record: SpriteRecord) -> Result<Created, CreateError> {
-        let pooled = if record.size == self.0.pool.size() { self.0.pool.take().await } else { None };
+        let fits = record.size == self.0.pool.size() && record.disk_bytes == DISK_BYTES_DEFAULT;
+        let pooled = if fits { self.0.pool.take().await } else { None };
         let from = if pooled.is_some() { "pool" } else { "golden" };
         let id = pooled.as_ref().map_or_else(SpriteId::generate, |prepared| prepared.parts.id);
         record.id = id;
-        let mut parts = match pooled {
+        let parts = match pooled {
             Some(prepared) => self.name(prepared, &record).await?,
             None => self.make(&record).await?,
         };
         let key = record_key(id);
         if let Err(source) = self.0.resources.config.bucket.create_record(&key, record.clone()).await {
-            change::end_process(&mut parts).await;
-            if let Err(error) = self.0.resources.store.destroy(id).await {
-                tracing::warn!(sprite = %id, error = chain(&error), "cannot free a sprite that was never named");
-            }
+            pool::free(&self.0.resources, parts).await;
             return Err(CreateError::Record(source));
         }
-        self.adopt(parts, Settled::Running, "created");
+        self.adopt(parts, Settled::Running, "created", None);
         Ok(Created { id, from })
     }
 
@@ -150,7 +152,7 @@ impl Host {
         match named {
             Ok(()) => Ok(parts),
             Err(reason) => {
-                change::end_process(&mut parts).await;
+                pool::free(&self.0.resources, parts).await;
                 Err(CreateError::Start(reason))
             }
         }
@@ -158,9 +160,6 @@ impl Host {
 
     async fn make(&self, record: &SpriteRecord) -> Result<Parts, CreateError> {
         let resources = &self.0.resources;
-        if !resources.has_room() {
-            return Err(CreateError::NoCapacity("too little free memory; let some sprites sleep".into()));
-        }
         let volume = resources
             .store
             .create(record.id, &resources.base, record.disk_bytes)
@@ -176,21 +175,22 @@ impl Host {
         };
         match change::try_boot(resources, &mut parts, true).await {
             Ok(()) => Ok(parts),
-            Err(reason) => {
-                change::end_process(&mut parts).await;
-                drop(parts.volume.take());
-                if let Err(error) = resources.store.destroy(record.id).await {
-                    tracing::warn!(sprite = %record.id, error = chain(&error), "cannot free a sprite that did not start");
-                }
-                Err(CreateError::Start(reason))
+            Err(error) => {
+                pool::free(resources, parts).await;
+                Err(match error {
+                    BootError::NoRoom(_) => CreateError::NoCapacity(error.to_string()),
+                    BootError::Failed(reason) => CreateError::Start(reason),
+                })
             }
         }
     }
 
     /// Gives a sprite its owner task.
-    pub(crate) fn adopt(&self, parts: Parts, settled: Settled, reason: &str) {
+    ///
+    /// `event` is what people should know about how it got there.
+    pub(crate) fn adopt(&self, parts: Parts, settled: Settled, reason: &str, event: Option<String>) {
         let id = parts.id;
-        let handle = task::spawn(Arc::clone(&self.0.resources), parts, settled, reason);
+        let handle = task::spawn(Arc::clone(&self.0.resources), parts, settled, reason, event);
         let status = handle.status.clone();
         self.sprites().insert(id, handle);
         // Nobody may be watching.
@@ -300,7 +300,7 @@ async fn name_process(process: &mut crate::process::VmProcess, record: &SpriteRe
     process.unpause().await.map_err(|error| chain(&error))?;
     change::configure(process, Some(record), true).await.map_err(|error| chain(&error))?;
     process.note.pooled = false;
-    process.note.write(&process.run).map_err(|error| error.to_string())
+    process.note.write_volatile(&process.run).map_err(|error| error.to_string())
 }
 
 /// Where the record of a sprite is in the bucket.

@@ -27,7 +27,12 @@ use crate::{
 const REQUESTS_MAX: usize = 8;
 
 /// Serves one VM until its control channel ends.
-pub(crate) async fn serve(resources: &Arc<Resources>, sprite: SpriteId, agent: AgentClient, owner: &mpsc::Sender<Command>) {
+pub(crate) async fn serve(
+    resources: &Arc<Resources>,
+    sprite: SpriteId,
+    agent: AgentClient,
+    owner: &mpsc::Sender<Command>,
+) {
     let mut events = match agent.watch().await {
         Ok(events) => events,
         Err(error) => {
@@ -105,7 +110,15 @@ async fn answer(
             let accepted = known(&volume, checkpoint).await;
             if accepted {
                 let text = format!("Restoring to checkpoint {checkpoint}; all sessions end now");
-                send(agent, id, Reply::lines([json!({ "type": "info", "data": text }), json!({ "type": "complete", "data": text })])).await;
+                send(
+                    agent,
+                    id,
+                    Reply::lines([
+                        json!({ "type": "info", "data": text }),
+                        json!({ "type": "complete", "data": text }),
+                    ]),
+                )
+                .await;
                 restore(owner, (*checkpoint).to_owned()).await;
                 return;
             }
@@ -166,7 +179,8 @@ async fn create(agent: &AgentClient, volume: &Volume, body: &[u8]) -> Reply {
 }
 
 fn shown(checkpoint: &blockstore::store::Checkpoint) -> Value {
-    let created = i64::try_from(checkpoint.created_unix_ms).ok().and_then(|ms| jiff::Timestamp::from_millisecond(ms).ok());
+    let created =
+        i64::try_from(checkpoint.created_unix_ms).ok().and_then(|ms| jiff::Timestamp::from_millisecond(ms).ok());
     json!({
         "id": checkpoint.id,
         "create_time": created.unwrap_or_default().to_string(),

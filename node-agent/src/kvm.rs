@@ -56,13 +56,17 @@ pub enum Probe {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Unusable {
-    #[error("/dev/kvm does not exist: the processor or the hypervisor below offers no virtualisation, or the kvm module is not loaded")]
+    #[error(
+        "/dev/kvm does not exist: the processor or the hypervisor below offers no virtualisation, or the kvm module is not loaded"
+    )]
     NoDevice,
     #[error("/dev/kvm cannot be used: {step} failed: {error}")]
     Refused { step: String, error: String },
     #[error("KVM ran {LOOP_ROUNDS} rounds of a loop in {millis} ms: guest code is interpreted, not executed")]
     TooSlow { millis: u64 },
-    #[error("KVM stopped at a plain instruction (exit {exit}): guest code is interpreted and the interpreter does not know it")]
+    #[error(
+        "KVM stopped at a plain instruction (exit {exit}): guest code is interpreted and the interpreter does not know it"
+    )]
     Stopped { exit: String },
     #[error("KVM executed cmpxchg16b wrongly")]
     WrongResult,
@@ -77,7 +81,12 @@ pub fn probe() -> Probe {
     if !Path::new("/dev/kvm").exists() {
         return Probe::Unusable(Unusable::NoDevice);
     }
-    let child = Command::new("/proc/self/exe").arg(PROBE_ARG).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn();
+    let child = Command::new("/proc/self/exe")
+        .arg(PROBE_ARG)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn();
     match child {
         Ok(child) => await_verdict(child, PROBE_DEADLINE),
         Err(error) => Probe::Unusable(Unusable::Probe { error: error.to_string() }),
@@ -167,10 +176,13 @@ fn program() -> Vec<u8> {
 
 /// Runs [`program`] in long mode and returns how long it took.
 fn run_guest() -> Result<Duration, Unusable> {
-    let refused = |step: &'static str| move |error: kvm_ioctls::Error| Unusable::Refused { step: step.to_owned(), error: error.to_string() };
+    let refused = |step: &'static str| {
+        move |error: kvm_ioctls::Error| Unusable::Refused { step: step.to_owned(), error: error.to_string() }
+    };
     let kvm = Kvm::new().map_err(refused("opening it"))?;
     let vm = kvm.create_vm().map_err(refused("KVM_CREATE_VM"))?;
-    let memory = GuestMemory::map().map_err(|error| Unusable::Refused { step: "mmap".to_owned(), error: error.to_string() })?;
+    let memory =
+        GuestMemory::map().map_err(|error| Unusable::Refused { step: "mmap".to_owned(), error: error.to_string() })?;
     let page_flags = 0b11_u64; // present, writable
     memory.write(PML4, &(PDPT as u64 | page_flags).to_le_bytes());
     memory.write(PDPT, &(PAGE_DIRECTORY as u64 | page_flags).to_le_bytes());
@@ -186,7 +198,8 @@ fn run_guest() -> Result<Duration, Unusable> {
     // SAFETY: the region is a live private mapping of exactly this size, unmapped only at the end of this function, after the last run.
     unsafe { vm.set_user_memory_region(region) }.map_err(refused("KVM_SET_USER_MEMORY_REGION"))?;
     let mut vcpu = vm.create_vcpu(0).map_err(refused("KVM_CREATE_VCPU"))?;
-    let mut cpuid = kvm.get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES).map_err(refused("KVM_GET_SUPPORTED_CPUID"))?;
+    let mut cpuid =
+        kvm.get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES).map_err(refused("KVM_GET_SUPPORTED_CPUID"))?;
     cpuid.as_mut_slice().iter_mut().filter(|entry| entry.function == 1).for_each(|entry| entry.ecx |= 1 << 13); // CMPXCHG16B
     vcpu.set_cpuid2(&cpuid).map_err(refused("KVM_SET_CPUID2"))?;
     enter_long_mode(&vcpu).map_err(refused("setting the registers"))?;
@@ -207,7 +220,16 @@ fn run_guest() -> Result<Duration, Unusable> {
 /// Flat 64-bit code and data segments, paging on, at the first instruction of [`program`].
 fn enter_long_mode(vcpu: &VcpuFd) -> Result<(), kvm_ioctls::Error> {
     let mut sregs = vcpu.get_sregs()?;
-    let code = kvm_segment { limit: 0xffff_ffff, selector: 8, type_: 11, present: 1, s: 1, l: 1, g: 1, ..kvm_segment::default() };
+    let code = kvm_segment {
+        limit: 0xffff_ffff,
+        selector: 8,
+        type_: 11,
+        present: 1,
+        s: 1,
+        l: 1,
+        g: 1,
+        ..kvm_segment::default()
+    };
     let data = kvm_segment { selector: 16, type_: 3, l: 0, db: 1, ..code };
     sregs.cs = code;
     (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);

@@ -95,7 +95,7 @@ pub struct NodeAgent {
 impl NodeAgent {
     /// Opens the store, imports the base image, makes the golden snapshot if there is none, and takes up the sprites of this host.
     ///
-    /// `progress` is told what takes long, in words.
+    /// `progress` is told what takes long, in words, and with `notice: ` in front what was lost since the last time.
     pub async fn start(config: Config, progress: impl Fn(&str) + Send + Sync) -> Result<Self, NodeError> {
         let qemu_version = qemu_version().await.map_err(NodeError::Qemu)?;
         let kernel_digest = resources::kernel_digest(&config)
@@ -133,19 +133,23 @@ impl NodeAgent {
         let pool = Pool::start(Arc::clone(&resources), pool_size);
         let host = Host::new(Arc::clone(&resources), pool);
         progress("taking up sprites");
-        recover::recover(&resources, &host).await.map_err(NodeError::Recover)?;
+        recover::recover(&resources, &host, &progress).await.map_err(NodeError::Recover)?;
         Ok(Self { host })
     }
 
     /// Serves control and data plane on one socket until `shutdown`.
-    pub async fn serve(&self, listener: UnixListener, shutdown: impl Future<Output = ()> + Send + 'static) -> io::Result<()> {
+    pub async fn serve(
+        &self,
+        listener: UnixListener,
+        shutdown: impl Future<Output = ()> + Send + 'static,
+    ) -> io::Result<()> {
         let control = tonic::service::Routes::new(NodeServer::new(NodeService { host: self.host.clone() }));
         let host = self.host.clone();
         let data = data::router(move |id| {
             let host = host.clone();
             async move { host.running(id).await }
         });
-        let app = control.into_axum_router().merge(data);
+        let app = data::in_front_of(control.into_axum_router(), data);
         axum::serve(listener, app).with_graceful_shutdown(shutdown).await
     }
 
@@ -159,7 +163,10 @@ impl NodeAgent {
             let asleep = ids.iter().map(|id| async {
                 let name = self.host.status(*id).map(|status| status.name).unwrap_or_default();
                 match tokio::time::timeout(SHUTDOWN_LIMIT, self.host.sleep(*id, Depth::Suspended)).await {
-                    Ok(Ok(_report)) => progress(&format!("{name} is suspended")),
+                    Ok(Ok(report)) => match report.not_preserved {
+                        None => progress(&format!("{name} is suspended")),
+                        Some(reason) => progress(&format!("{name} is suspended on this host only: {reason}")),
+                    },
                     Ok(Err(error)) => progress(&format!("{name} is not suspended: {}", chain(&error))),
                     Err(_elapsed) => progress(&format!("{name} is not suspended within {SHUTDOWN_LIMIT:?}")),
                 }
@@ -181,5 +188,8 @@ async fn qemu_version() -> io::Result<String> {
 /// The jail has its own root, so the program's path has to be absolute.
 fn find_in_path(program: &str) -> PathBuf {
     let path = std::env::var_os("PATH").unwrap_or_default();
-    std::env::split_paths(&path).map(|folder| folder.join(program)).find(|file| file.exists()).unwrap_or_else(|| program.into())
+    std::env::split_paths(&path)
+        .map(|folder| folder.join(program))
+        .find(|file| file.exists())
+        .unwrap_or_else(|| program.into())
 }

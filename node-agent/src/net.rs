@@ -78,7 +78,9 @@ pub struct NetworkConfig {
 /// Why a network could not be made or removed. Everything is idempotent: try again.
 #[derive(Debug, thiserror::Error)]
 pub enum NetError {
-    #[error("instance {0:?} does not fit into interface names; use at most {INSTANCE_LEN_MAX} lower-case letters or digits")]
+    #[error(
+        "instance {0:?} does not fit into interface names; use at most {INSTANCE_LEN_MAX} lower-case letters or digits"
+    )]
     BadInstance(String),
     #[error("{text:?} is not a network; write it as 192.0.2.0/24")]
     BadNetwork { text: String },
@@ -254,7 +256,8 @@ impl Network {
 
     fn open(&self, slot: u32) -> Result<SpriteNet, NetError> {
         let path = self.0.names.netns(slot);
-        let relay = dns::Relay::start(&path, self.0.resolvers.clone()).map_err(system("start the name server of a namespace"))?;
+        let relay = dns::Relay::start(&path, self.0.resolvers.clone())
+            .map_err(system("start the name server of a namespace"))?;
         Ok(SpriteNet { network: self.clone(), slot, path, relay })
     }
 
@@ -298,15 +301,19 @@ impl SpriteNet {
     /// `ConnectionRefused`: nothing listens there, or only on the guest's loopback. `TimedOut` after [`CONNECT_LIMIT`].
     pub async fn connect(&self, port: u16) -> io::Result<TcpStream> {
         let path = self.path.clone();
-        let socket = tokio::task::spawn_blocking(move || namespace::inside(&path, || {
-            let socket = TcpSocket::new_v4()?;
-            socket.set_nodelay(true)?;
-            Ok(socket)
-        }))
+        let socket = tokio::task::spawn_blocking(move || {
+            namespace::inside(&path, || {
+                let socket = TcpSocket::new_v4()?;
+                socket.set_nodelay(true)?;
+                Ok(socket)
+            })
+        })
         .await
         .map_err(io::Error::other)??;
         let address = SocketAddr::from((GUEST_V4, port));
-        tokio::time::timeout(CONNECT_LIMIT, socket.connect(address)).await.map_err(|_elapsed| io::ErrorKind::TimedOut)?
+        tokio::time::timeout(CONNECT_LIMIT, socket.connect(address))
+            .await
+            .map_err(|_elapsed| io::ErrorKind::TimedOut)?
     }
 
     /// Removes the namespace and everything in it. The VM must be gone.
@@ -321,7 +328,9 @@ fn parse_all(texts: &[String]) -> Result<Vec<Cidr>, NetError> {
     texts.iter().map(|text| text.parse().map_err(|_bad| NetError::BadNetwork { text: text.clone() })).collect()
 }
 
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, NetError> + Send + 'static) -> Result<T, NetError> {
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, NetError> + Send + 'static,
+) -> Result<T, NetError> {
     match tokio::task::spawn_blocking(work).await {
         Ok(result) => result,
         Err(panicked) => Err(NetError::System { what: "finish work on a network", source: io::Error::other(panicked) }),

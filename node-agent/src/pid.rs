@@ -6,10 +6,11 @@
 
 use std::{
     fs, io,
-    os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
+    os::fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd},
     time::Duration,
 };
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tokio::io::{Interest, unix::AsyncFd};
 
 /// A living process, held by a pidfd.
@@ -68,11 +69,23 @@ impl Process {
         }
     }
 
+    /// Whether the process has ended by now.
+    pub fn has_ended(&self) -> bool {
+        let mut handle = [PollFd::new(self.handle.get_ref().as_fd(), PollFlags::POLLIN)];
+        poll(&mut handle, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
+    }
+
     /// Sends SIGKILL and waits for the end.
     pub async fn kill(&self, limit: Duration) -> io::Result<()> {
         // SAFETY: the system call takes integers and a null pointer, which is allowed for siginfo.
         let sent = unsafe {
-            libc::syscall(libc::SYS_pidfd_send_signal, self.handle.get_ref().as_raw_fd(), libc::SIGKILL, std::ptr::null::<libc::siginfo_t>(), 0)
+            libc::syscall(
+                libc::SYS_pidfd_send_signal,
+                self.handle.get_ref().as_raw_fd(),
+                libc::SIGKILL,
+                std::ptr::null::<libc::siginfo_t>(),
+                0,
+            )
         };
         if sent < 0 {
             let error = io::Error::last_os_error();
@@ -102,9 +115,11 @@ mod tests {
         let pid = i32::try_from(child.id().unwrap()).unwrap();
         let process = Process::watch(pid).unwrap();
         assert!(Process::find(pid, process.started()).is_ok());
+        assert!(!process.has_ended());
         assert_eq!(Process::find(pid, process.started() + 1).unwrap_err().kind(), io::ErrorKind::NotFound);
         let reaper = tokio::spawn(async move { child.wait().await });
         process.kill(Duration::from_secs(10)).await.unwrap();
+        assert!(process.has_ended());
         reaper.await.unwrap().unwrap();
         assert_eq!(Process::watch(pid).unwrap_err().kind(), io::ErrorKind::NotFound);
     }

@@ -97,7 +97,8 @@ async fn fill(resources: Arc<Resources>, size: SizeClass, sender: mpsc::Sender<P
 
 async fn prepare(resources: &Resources, size: SizeClass) -> Result<Parts, String> {
     let id = SpriteId::generate();
-    let volume = resources.store.create(id, &resources.base, DISK_BYTES_DEFAULT).await.map_err(|error| chain(&error))?;
+    let volume =
+        resources.store.create(id, &resources.base, DISK_BYTES_DEFAULT).await.map_err(|error| chain(&error))?;
     let mut parts = Parts { id, size, record: None, process: None, volume: Some(volume), image: None };
     match start(resources, &mut parts).await {
         Ok(()) => Ok(parts),
@@ -109,7 +110,7 @@ async fn prepare(resources: &Resources, size: SizeClass) -> Result<Parts, String
 }
 
 async fn start(resources: &Resources, parts: &mut Parts) -> Result<(), String> {
-    change::try_boot(resources, parts, true).await?;
+    change::try_boot(resources, parts, true).await.map_err(|error| error.to_string())?;
     let process = parts.process.as_ref().ok_or("it has no VM")?;
     let warm_up = process.agent.run_once(vec!["/bin/bash".into(), "-lc".into(), "true".into()]);
     match tokio::time::timeout(WARM_UP_LIMIT, warm_up).await {

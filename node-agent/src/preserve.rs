@@ -1,6 +1,7 @@
 //! After a suspend: memory from tmpfs to the disk, then disk and memory to the bucket (ruling 14).
 //!
-//! Runs behind the suspended sprite and is aborted by a wake. It only reads a finished image.
+//! Runs behind the suspended sprite and is aborted by a wake. It only reads a finished image. When everything is in the bucket the disk is given up, so
+//! that any host may wake the sprite (ruling 28); the image here makes this one the quickest.
 
 use std::{
     sync::Arc,
@@ -57,6 +58,14 @@ pub(crate) async fn preserve(resources: Arc<Resources>, image: VmNote, volume: V
         tracing::warn!(sprite = %image.sprite, error, "the suspended image is not preserved everywhere");
     }
     Preserved { local, bucket, total: begun.elapsed(), error }
+}
+
+/// Gives the disk up. Must not be aborted: half-way the volume looks open and is about to close.
+pub(crate) async fn give_up(volume: Volume) {
+    let id = volume.id();
+    if let Err(error) = volume.release().await {
+        tracing::warn!(sprite = %id, error = chain(&error), "its disk stays this host's");
+    }
 }
 
 async fn push(resources: &Resources, image: &VmNote, volume: &Volume) -> Result<(), String> {

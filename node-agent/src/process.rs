@@ -21,7 +21,7 @@ use std::{
 };
 
 use blockstore::{
-    nbd::{Export, ExportTable, NbdServer},
+    nbd::{Export, ExportTable, NbdServer, SocketOwner},
     store::Volume,
 };
 use proto::{id::SpriteId, record::SizeClass};
@@ -98,7 +98,9 @@ impl RunDir {
 
     /// Everything of a suspended image, wherever it is.
     pub fn drop_image(&self) -> io::Result<()> {
-        for file in [self.state(), self.spent_state(), self.unfinished_state(), self.memory_on_disk(), self.memory.clone()] {
+        for file in
+            [self.state(), self.spent_state(), self.unfinished_state(), self.memory_on_disk(), self.memory.clone()]
+        {
             files::remove_if_there(&file)?;
         }
         files::sync_folder(&self.folder)
@@ -114,6 +116,9 @@ pub struct VmNote {
     /// The golden snapshot (and with it QEMU, CPU model, kernel, layout) this VM descends from.
     pub snapshot_key: String,
     pub process: Option<ProcessNote>,
+    /// The process has not been told to run yet: nothing is lost with it, and its image, if it had one, is spent.
+    #[serde(default)]
+    pub loading: bool,
     /// Set while the VM is suspended: where in the volume's history the memory belongs (ruling 2).
     pub suspended_lsn: Option<u64>,
     /// Not yet named.
@@ -130,6 +135,11 @@ pub struct ProcessNote {
 impl VmNote {
     pub fn write(&self, run: &RunDir) -> io::Result<()> {
         files::write_atomically(&run.note(), &serde_json::to_vec_pretty(self)?)
+    }
+
+    /// For a VM that runs: has to outlive the node agent, not the host.
+    pub fn write_volatile(&self, run: &RunDir) -> io::Result<()> {
+        files::replace(&run.note(), &serde_json::to_vec_pretty(self)?)
     }
 
     pub fn read(path: &Path) -> io::Result<Self> {
@@ -154,6 +164,10 @@ pub enum StartError {
     Incompatible { image: String, host: String },
     #[error("its process is gone")]
     Gone(#[source] io::Error),
+    #[error("its process had not begun to run")]
+    Unfinished,
+    #[error("its process does not end, so its disk cannot be used by another")]
+    Unkillable(#[source] io::Error),
 }
 
 /// Why a VM could not be suspended. It may still run: look at its run state.
@@ -204,22 +218,12 @@ impl Source<'_> {
 
 impl VmProcess {
     /// A fresh copy of the golden VM on `volume`. The guest answers; it has no identity and its disk is not mounted yet.
-    pub async fn start(
-        resources: &Resources,
-        run: RunDir,
-        golden: &Golden,
-        plan: Plan,
-    ) -> Result<Self, StartError> {
+    pub async fn start(resources: &Resources, run: RunDir, golden: &Golden, plan: Plan) -> Result<Self, StartError> {
         Self::launch(resources, run, Source::Golden(golden), plan).await
     }
 
     /// The sprite's own memory and processes again, once. After an error the image is spent: boot from the disk.
-    pub async fn resume(
-        resources: &Resources,
-        run: RunDir,
-        golden: &Golden,
-        plan: Plan,
-    ) -> Result<Self, StartError> {
+    pub async fn resume(resources: &Resources, run: RunDir, golden: &Golden, plan: Plan) -> Result<Self, StartError> {
         let note = &plan.note;
         if note.snapshot_key != golden.key {
             return Err(StartError::Incompatible { image: note.snapshot_key.clone(), host: golden.key.clone() });
@@ -228,33 +232,54 @@ impl VmProcess {
         Self::launch(resources, run, Source::Suspended, plan).await
     }
 
-    /// Finds the VM of `note` again under a living QEMU: the node agent was restarted, the VM was not.
+    /// Finds the VM of `note` again under a living QEMU: the node agent was restarted, the VM was not. Also says whether it is paused.
     ///
     /// # Errors
     ///
-    /// [`StartError::Gone`] when the process has ended; otherwise what could not be reached.
-    pub async fn adopt(resources: &Resources, run: RunDir, plan: Plan) -> Result<Self, StartError> {
-        let Plan { note, slot, volume } = plan;
-        let known = note.process.ok_or_else(|| StartError::Gone(io::ErrorKind::NotFound.into()))?;
+    /// [`StartError::Gone`] when the process has ended; otherwise what could not be reached, and then the process has been ended.
+    pub async fn adopt(resources: &Resources, run: RunDir, plan: Plan) -> Result<(Self, bool), StartError> {
+        let known = plan.note.process.ok_or_else(|| StartError::Gone(io::ErrorKind::NotFound.into()))?;
         let process = Process::find(known.pid, known.started).map_err(StartError::Gone)?;
-        let net = resources.network.reattach(note.slot).await.map_err(StartError::Network)?;
-        let (exports, nbd) = serve_disk(&run, volume, resources.uid(note.slot))?;
-        let qmp = Qmp::connect(&run.qmp(), QMP_LIMIT).await.map_err(|source| StartError::Launch { log: String::new(), source })?;
-        // A paused guest cannot answer; its agent is reached when it runs again.
-        let paused = qmp.run_state().await.map_err(StartError::Load)? == "paused";
-        if paused {
-            qmp.cont().await.map_err(StartError::Load)?;
+        let process = Arc::new(process);
+        let adopted = Self::adopt_process(resources, run, plan, Arc::clone(&process)).await;
+        if adopted.is_err() {
+            // Left alone it would find the disk server of the VM that comes after it.
+            process.kill(KILL_LIMIT).await.map_err(StartError::Unkillable)?;
         }
-        let agent = connect_agent(&run, &qmp).await?;
-        Ok(Self { run, note, agent, net: Arc::new(net), exports, process: Arc::new(process), qmp, _slot: slot, _nbd: nbd })
+        adopted
     }
 
-    async fn launch(
+    async fn adopt_process(
         resources: &Resources,
         run: RunDir,
-        source: Source<'_>,
         plan: Plan,
-    ) -> Result<Self, StartError> {
+        process: Arc<Process>,
+    ) -> Result<(Self, bool), StartError> {
+        let Plan { note, slot, volume } = plan;
+        if note.loading {
+            return Err(StartError::Unfinished);
+        }
+        let net = resources.network.reattach(note.slot).await.map_err(StartError::Network)?;
+        let (exports, nbd) = serve_disk(&run, volume, resources.uid(note.slot))?;
+        let qmp = Qmp::connect(&run.qmp(), QMP_LIMIT)
+            .await
+            .map_err(|source| StartError::Launch { log: String::new(), source })?;
+        let state = qmp.run_state().await.map_err(StartError::Load)?;
+        let paused = state == "paused";
+        // A paused guest cannot answer; its agent is met when it runs again.
+        let agent = if paused {
+            AgentClient::absent()
+        } else {
+            if state != "running" {
+                // A suspend was under way, or the host's disk was full.
+                qmp.cont().await.map_err(StartError::Load)?;
+            }
+            connect_agent(&run, &qmp).await?
+        };
+        Ok((Self { run, note, agent, net: Arc::new(net), exports, process, qmp, _slot: slot, _nbd: nbd }, paused))
+    }
+
+    async fn launch(resources: &Resources, run: RunDir, source: Source<'_>, plan: Plan) -> Result<Self, StartError> {
         let Plan { mut note, slot, volume } = plan;
         note.slot = slot.number();
         let uid = resources.uid(note.slot);
@@ -277,19 +302,26 @@ impl VmProcess {
         };
         let args = resources.model(note.size).arguments(&vm_files, &Start::Incoming);
         let spec = resources.jail_spec(&run, note.slot, args, &net, tap.as_raw_fd());
-        let process = spawn(resources, &spec).await.map_err(prepare("the process"))?;
+        let process = Arc::new(spawn(resources, &spec).await.map_err(prepare("the process"))?);
         drop(tap);
-        let qmp = match Qmp::connect(&run.qmp(), QMP_LIMIT).await {
-            Ok(qmp) => qmp,
-            Err(error) => return Err(StartError::Launch { log: log_tail(&spec), source: error }),
-        };
-        qmp.load_state(&source.state(&run)).await.map_err(StartError::Load)?;
-        qmp.cont().await.map_err(StartError::Load)?;
         note.process = Some(ProcessNote { pid: process.pid(), started: process.started() });
         note.suspended_lsn = None;
-        note.write(&run).map_err(prepare("the VM's note"))?;
-        let agent = connect_agent(&run, &qmp).await?;
-        Ok(Self { run, note, agent, net: Arc::new(net), exports, process: Arc::new(process), qmp, _slot: slot, _nbd: nbd })
+        let loaded = load(&run, &mut note, &source.state(&run), &spec).await;
+        let started = match loaded {
+            Ok(qmp) => connect_agent(&run, &qmp).await.map(|agent| (qmp, agent)),
+            Err(error) => Err(error),
+        };
+        match started {
+            Ok((qmp, agent)) => {
+                Ok(Self { run, note, agent, net: Arc::new(net), exports, process, qmp, _slot: slot, _nbd: nbd })
+            }
+            Err(error) => {
+                // Nobody would hold it: it must not go on with the disk.
+                process.kill(KILL_LIMIT).await.map_err(StartError::Unkillable)?;
+                net.detach().await.map_err(StartError::Network)?;
+                Err(error)
+            }
+        }
     }
 
     /// Stops the vCPUs. Memory and connections stay.
@@ -297,9 +329,10 @@ impl VmProcess {
         self.qmp.stop().await
     }
 
-    /// Lets the vCPUs run again. The guest's clock stood still: configure it before user code is trusted.
-    pub async fn unpause(&self) -> Result<(), QmpError> {
-        self.qmp.cont().await
+    /// Lets the vCPUs run again, and meets the guest if its session has ended. Its clock stood still: configure it before user code is trusted.
+    pub async fn unpause(&mut self) -> Result<(), StartError> {
+        self.qmp.cont().await.map_err(StartError::Load)?;
+        if self.agent.is_closed() { self.reconnect().await } else { Ok(()) }
     }
 
     /// Writes the device state and ends the process. Memory stays in its file. Returns how long the guest was stopped before it was frozen for good.
@@ -400,7 +433,7 @@ async fn prepare_memory(run: &RunDir, source: &Source<'_>, uid: u32) -> io::Resu
 fn serve_disk(run: &RunDir, volume: Volume, uid: u32) -> Result<(ExportTable, NbdServer), StartError> {
     let exports = ExportTable::default();
     exports.insert(VOLUME_EXPORT, Export::Volume(volume));
-    let nbd = NbdServer::bind_for(&run.nbd(), exports.clone(), uid)
+    let nbd = NbdServer::bind_for(&run.nbd(), exports.clone(), SocketOwner::Uid(uid))
         .map_err(|source| StartError::Prepare { what: "the disk server", source })?;
     Ok((exports, nbd))
 }
@@ -408,6 +441,31 @@ fn serve_disk(run: &RunDir, volume: Volume, uid: u32) -> Result<(ExportTable, Nb
 async fn spawn(resources: &Resources, spec: &JailSpec) -> io::Result<Process> {
     let jailed = jail::spawn(&resources.config.sprited, spec).await?;
     Process::watch(jailed.qemu_pid)
+}
+
+/// Loads the device state and lets the VM run. The note is on disk before the VM can do anything, so that a next start finds the process.
+async fn load(run: &RunDir, note: &mut VmNote, state: &Path, spec: &JailSpec) -> Result<Qmp, StartError> {
+    let write = |note: &VmNote| {
+        let (note, run) = (note.clone(), run.clone());
+        blocking(move || note.write_volatile(&run))
+    };
+    note.loading = true;
+    let loaded = async {
+        let qmp = match Qmp::connect(&run.qmp(), QMP_LIMIT).await {
+            Ok(qmp) => qmp,
+            Err(error) => return Err(StartError::Launch { log: log_tail(spec), source: error }),
+        };
+        qmp.load_state(state).await.map_err(StartError::Load)?;
+        Ok(qmp)
+    };
+    let (written, loaded) = tokio::join!(write(note), loaded);
+    let noted = |source| StartError::Prepare { what: "the VM's note", source };
+    written.map_err(noted)?;
+    let qmp = loaded?;
+    note.loading = false;
+    write(note).await.map_err(noted)?;
+    qmp.cont().await.map_err(StartError::Load)?;
+    Ok(qmp)
 }
 
 async fn connect_agent(run: &RunDir, qmp: &Qmp) -> Result<AgentClient, StartError> {

@@ -130,7 +130,11 @@ impl MachineModel {
                 push(&mut args, "-initrd", initrd.display());
                 push(&mut args, "-append", self.kernel_command_line());
             }
-            Start::Incoming => push(&mut args, "-incoming", "defer"),
+            Start::Incoming => {
+                push(&mut args, "-incoming", "defer");
+                // It runs when it is told to, not as soon as its state is loaded.
+                args.push("-S".into());
+            }
         }
         args
     }
@@ -152,11 +156,7 @@ impl MachineModel {
         push(&mut args, "-m", format!("{memory_mib}M"));
         push(&mut args, "-smp", self.size.vcpus());
         let memory = files.memory.display();
-        push(
-            &mut args,
-            "-object",
-            format!("memory-backend-file,id=mem,size={memory_mib}M,mem-path={memory},share=on"),
-        );
+        push(&mut args, "-object", format!("memory-backend-file,id=mem,size={memory_mib}M,mem-path={memory},share=on"));
         for flag in ["-nodefaults", "-no-user-config", "-no-reboot"] {
             args.push(flag.into());
         }
@@ -196,11 +196,7 @@ fn device_arguments(files: &VmFiles) -> Vec<String> {
     push(&mut args, "-netdev", format!("tap,id=net,fd={}", files.tap_fd));
     push(&mut args, "-device", format!("virtio-net-device,netdev=net,mac={GUEST_MAC}"));
     push(&mut args, "-device", "virtio-serial-device,max_ports=4");
-    push(
-        &mut args,
-        "-chardev",
-        format!("socket,id=agent,path={},server=on,wait=off", files.agent_socket.display()),
-    );
+    push(&mut args, "-chardev", format!("socket,id=agent,path={},server=on,wait=off", files.agent_socket.display()));
     push(&mut args, "-device", "virtserialport,chardev=agent,name=agent,nr=1");
     push(&mut args, "-chardev", "null,id=spare");
     push(&mut args, "-device", "virtserialport,chardev=spare,name=spare,nr=2");
@@ -245,7 +241,10 @@ mod tests {
         assert_eq!(value_of(&args, "-accel"), "kvm");
         assert_eq!(value_of(&args, "-cpu"), "Haswell-noTSX,enforce");
         assert!(!value_of(&args, "-append").contains("lpj"));
-        assert!(!args.iter().any(|arg| arg.contains("host")), "the CPU model `host` cannot move between hosts: {args:?}");
+        assert!(
+            !args.iter().any(|arg| arg.contains("host")),
+            "the CPU model `host` cannot move between hosts: {args:?}"
+        );
     }
 
     #[test]

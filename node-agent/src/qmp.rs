@@ -69,7 +69,9 @@ impl Qmp {
         let stream = loop {
             match UnixStream::connect(path).await {
                 Ok(stream) => break stream,
-                Err(source) if Instant::now() >= deadline => return Err(QmpError::Connect { path: path.into(), source }),
+                Err(source) if Instant::now() >= deadline => {
+                    return Err(QmpError::Connect { path: path.into(), source });
+                }
                 Err(_) => tokio::time::sleep(POLL).await,
             }
         };

@@ -1,37 +1,48 @@
 //! After a start of the node agent: find every sprite again, in the state it is in.
 //!
 //! ```text
-//!  vms/<id>/vm.json   process alive?  ──▶ adopt: same QEMU, same guest, it goes on           (running)
+//!  vms/<id>/vm.json   process alive?  ──▶ adopt: same QEMU, same guest, it goes on           (running or paused)
 //!                     state file whole? ─▶ suspended, its memory waits                       (suspended)
+//!                     else, or no folder:
+//!                     memory in bucket? ─▶ suspended, its memory is fetched by the wake      (suspended)
 //!                     else              ─▶ its disk, by journal or bucket; memory is lost    (cold, and the event says so)
-//!  bucket, no folder                    ─▶ its disk in the bucket                            (cold)
 //!  folder, no record                    ─▶ an anonymous sprite of the old pool: freed
+//!  QEMU of ours that no note names      ─▶ killed: it would find the disk server of the VM that comes after it
 //! ```
 
 use std::{
     collections::{BTreeMap, BTreeSet},
     io,
+    os::unix::fs::MetadataExt as _,
     sync::Arc,
+    time::Duration,
 };
 
 use blockstore::bucket::{BucketError, RecordError};
-use futures_util::{StreamExt as _, stream};
+use futures_util::{StreamExt as _, future::OptionFuture, stream};
 use proto::{id::SpriteId, record::SpriteRecord};
 
 use crate::{
     files,
     host::{Host, record_key},
+    pid::Process,
     pool,
-    process::{Plan, StartError, VmNote, VmProcess, blocking},
+    process::{Plan, RunDir, StartError, VmNote, VmProcess, blocking},
     resources::Resources,
     vm::{
         Settled,
-        change::{Parts, chain},
+        change::{Image, Parts, chain},
     },
 };
 
 /// Records read and sprites taken up side by side.
 const PARALLEL: usize = 8;
+/// A bucket that is away for a moment must not cost a living VM its memory.
+const DISK_LIMIT: Duration = Duration::from_secs(30);
+const DISK_RETRY: Duration = Duration::from_secs(1);
+const KILL_LIMIT: Duration = Duration::from_secs(10);
+/// In front of what a person has to be told.
+const NOTICE: &str = "notice: ";
 
 /// Why the node agent cannot take up its sprites.
 #[derive(Debug, thiserror::Error)]
@@ -44,10 +55,15 @@ pub enum RecoverError {
     Notes(#[source] io::Error),
 }
 
-/// Takes up everything this host has. Sprites that cannot be taken up are logged and left alone.
-pub(crate) async fn recover(resources: &Arc<Resources>, host: &Host) -> Result<(), RecoverError> {
+/// Takes up everything this host has. Sprites that cannot be taken up are logged and left alone. `progress` is told what was lost.
+pub(crate) async fn recover(
+    resources: &Arc<Resources>,
+    host: &Host,
+    progress: impl Fn(&str) + Send + Sync,
+) -> Result<(), RecoverError> {
     let mut notes = read_notes(resources).map_err(RecoverError::Notes)?;
     let records = read_records(resources).await?;
+    end_strays(resources, &notes).await;
     let mut live = BTreeSet::new();
     let mut anonymous = Vec::new();
     notes.retain(|id, note| {
@@ -62,12 +78,18 @@ pub(crate) async fn recover(resources: &Arc<Resources>, host: &Host) -> Result<(
     for note in anonymous {
         free_anonymous(resources, note).await;
     }
-    if let Err(error) = resources.network.sweep(&live).await {
+    if let Err(error) = resources.network.sweep(live).await {
         tracing::warn!(error = chain(&error), "cannot remove networks that no sprite uses");
     }
     let taken_up = records.into_iter().map(|record| {
         let note = notes.remove(&record.id);
-        take_up(resources, host, record, note)
+        let progress = &progress;
+        async move {
+            let name = record.name.to_string();
+            if let Some(lost) = take_up(resources, host, record, note).await {
+                progress(&format!("{NOTICE}{name}: {lost}"));
+            }
+        }
     });
     stream::iter(taken_up).buffer_unordered(PARALLEL).collect::<()>().await;
     Ok(())
@@ -82,7 +104,9 @@ fn read_notes(resources: &Resources) -> io::Result<BTreeMap<SpriteId, VmNote>> {
         match VmNote::read(&path) {
             Ok(note) => drop(notes.insert(note.sprite, note)),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => tracing::error!(path = %path.display(), %error, "a VM's note is not readable; its memory is not used"),
+            Err(error) => {
+                tracing::error!(path = %path.display(), %error, "a VM's note is not readable; its memory is not used")
+            }
         }
     }
     Ok(notes)
@@ -107,88 +131,211 @@ async fn read_records(resources: &Resources) -> Result<Vec<SpriteRecord>, Recove
     Ok(records)
 }
 
+/// Kills every QEMU of ours that no note names: its node agent died between starting it and writing it down, or between its suspend and its end.
+async fn end_strays(resources: &Resources, notes: &BTreeMap<SpriteId, VmNote>) {
+    let known: BTreeSet<i32> = notes.values().filter_map(|note| note.process).map(|process| process.pid).collect();
+    let data = resources.config.data.as_os_str().as_encoded_bytes().to_vec();
+    let strays = match blocking(move || our_qemus(&data)).await {
+        Ok(pids) => pids.into_iter().filter(|pid| !known.contains(pid)),
+        Err(error) => {
+            tracing::warn!(%error, "cannot look for VMs that nobody holds");
+            return;
+        }
+    };
+    for pid in strays {
+        tracing::warn!(pid, "a VM that nobody holds; it is ended");
+        let ended = match Process::watch(pid) {
+            Ok(process) => process.kill(KILL_LIMIT).await,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = ended
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            tracing::error!(pid, %error, "it does not end");
+        }
+    }
+}
+
+/// Processes with a user id of a VM and our data folder in an argument.
+fn our_qemus(data: &[u8]) -> io::Result<Vec<i32>> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir("/proc")? {
+        let entry = entry?;
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+        // It may end at any time.
+        let Ok(status) = entry.metadata() else { continue };
+        if Resources::is_vm_uid(status.uid())
+            && std::fs::read(entry.path().join("cmdline"))
+                .is_ok_and(|line| line.windows(data.len()).any(|part| part == data))
+        {
+            found.push(pid);
+        }
+    }
+    Ok(found)
+}
+
 async fn free_anonymous(resources: &Resources, note: VmNote) {
-    if let Some(known) = note.process
-        && let Ok(process) = crate::pid::Process::find(known.pid, known.started)
-        && let Err(error) = process.kill(std::time::Duration::from_secs(10)).await
-    {
-        tracing::warn!(pid = known.pid, %error, "an old anonymous VM does not end");
+    if let Err(error) = end_noted(&note).await {
+        tracing::warn!(sprite = %note.sprite, %error, "an old anonymous VM does not end");
     }
     let parts = Parts { id: note.sprite, size: note.size, record: None, process: None, volume: None, image: None };
     pool::free(resources, parts).await;
 }
 
-async fn take_up(resources: &Arc<Resources>, host: &Host, record: SpriteRecord, note: Option<VmNote>) {
+/// Ends the process of a note, if it lives.
+async fn end_noted(note: &VmNote) -> io::Result<()> {
+    let Some(known) = note.process else { return Ok(()) };
+    match Process::find(known.pid, known.started) {
+        Ok(process) => process.kill(KILL_LIMIT).await,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+/// A sprite as it was found.
+struct Found {
+    settled: Settled,
+    reason: String,
+    /// Whether something is lost, so that people have to be told the reason.
+    lost: bool,
+}
+
+impl Found {
+    fn whole(settled: Settled, reason: &str) -> Self {
+        Self { settled, reason: reason.to_owned(), lost: false }
+    }
+
+    fn lost(reason: String) -> Self {
+        Self { settled: Settled::Cold, reason, lost: true }
+    }
+}
+
+/// Returns what was lost.
+async fn take_up(
+    resources: &Arc<Resources>,
+    host: &Host,
+    record: SpriteRecord,
+    note: Option<VmNote>,
+) -> Option<String> {
     let id = record.id;
     let mut parts = Parts { id, size: record.size, record: Some(record), process: None, volume: None, image: None };
     if parts.record.as_ref().is_some_and(|record| record.deleted) {
         pool::free(resources, parts).await;
-        return;
+        return None;
     }
-    let ours = match resources.store.head(id).await {
-        Ok(Some(head)) => head.is_owned_by(&resources.config.node),
+    let head = match resources.store.head(id).await {
+        Ok(Some(head)) => head,
         Ok(None) => {
             tracing::warn!(sprite = %id, "a record without a disk; left alone");
-            return;
+            return None;
         }
         Err(error) => {
             tracing::error!(sprite = %id, error = chain(&error), "cannot read its head; left alone");
-            return;
+            return None;
         }
     };
-    if !ours {
-        return host.adopt(parts, Settled::Cold, "asleep in the bucket");
+    if !head.is_owned_by(&resources.config.node) {
+        if let Some(Err(error)) = OptionFuture::from(note.as_ref().map(end_noted)).await {
+            tracing::error!(sprite = %id, %error, "another host has its disk, and its VM here does not end");
+        }
+        // Without memory in the head a local image has been resumed elsewhere (ruling 2).
+        parts.image = head.has_memory().then(|| match note {
+            Some(note) if note.suspended_lsn.is_some() && image_is_whole(&resources.run_dir(id)) => Image::Local(note),
+            Some(_) | None => Image::Bucket,
+        });
+        let settled = if parts.image.is_some() { Settled::Suspended } else { Settled::Cold };
+        host.adopt(parts, settled, "asleep in the bucket", None);
+        return None;
     }
-    match resources.store.acquire(id).await {
-        Ok(volume) => parts.volume = Some(volume),
-        Err(error) => {
-            tracing::error!(sprite = %id, error = chain(&error), "cannot take up its disk");
-            return host.adopt(parts, Settled::Failed, &format!("cannot take up its disk: {}", chain(&error)));
+    let found = match open_disk(resources, &mut parts).await {
+        Ok(()) => take_up_vm(resources, &mut parts, note).await,
+        Err(reason) => {
+            // Without its disk it stands still, and would find the disk server of the VM that comes after it.
+            if let Some(Err(error)) = OptionFuture::from(note.as_ref().map(end_noted)).await {
+                tracing::error!(sprite = %id, %error, "its VM does not end");
+            }
+            Found { settled: Settled::Failed, reason: format!("cannot take up its disk: {reason}"), lost: true }
+        }
+    };
+    let lost = found.lost.then(|| found.reason.clone());
+    host.adopt(parts, found.settled, &found.reason, lost.clone());
+    lost
+}
+
+async fn open_disk(resources: &Resources, parts: &mut Parts) -> Result<(), String> {
+    let deadline = tokio::time::Instant::now() + DISK_LIMIT;
+    loop {
+        match resources.store.acquire(parts.id).await {
+            Ok(volume) => {
+                parts.volume = Some(volume);
+                return Ok(());
+            }
+            Err(error) if tokio::time::Instant::now() >= deadline => {
+                tracing::error!(sprite = %parts.id, error = chain(&error), "cannot take up its disk");
+                return Err(chain(&error));
+            }
+            Err(error) => {
+                tracing::warn!(sprite = %parts.id, error = chain(&error), "cannot take up its disk yet");
+                tokio::time::sleep(DISK_RETRY).await;
+            }
         }
     }
-    let (settled, reason) = match note {
-        Some(note) => take_up_vm(resources, &mut parts, note).await,
-        None => (Settled::Cold, "the node agent was restarted".to_owned()),
-    };
-    host.adopt(parts, settled, &reason);
 }
 
-async fn take_up_vm(resources: &Resources, parts: &mut Parts, note: VmNote) -> (Settled, String) {
+async fn take_up_vm(resources: &Resources, parts: &mut Parts, note: Option<VmNote>) -> Found {
     let run = resources.run_dir(parts.id);
-    if note.process.is_some() {
-        return take_up_process(resources, parts, note).await;
+    if let Some(note) = note.as_ref().filter(|note| note.process.is_some()) {
+        return take_up_process(resources, parts, note.clone()).await;
     }
-    let whole = run.state().exists() && (run.memory.exists() || run.memory_on_disk().exists());
-    if note.suspended_lsn.is_some() && whole {
-        parts.image = Some(note);
-        return (Settled::Suspended, "suspended; the node agent was restarted".into());
+    if let Some(note) = note.as_ref().filter(|note| note.suspended_lsn.is_some() && image_is_whole(&run)) {
+        parts.image = Some(Image::Local(note.clone()));
+        return Found::whole(Settled::Suspended, "suspended; the node agent was restarted");
     }
-    (Settled::Cold, "its memory was lost in a restart of the host; its disk is whole".into())
+    if let Some(volume) = &parts.volume
+        && volume.memory().is_some()
+    {
+        parts.image = Some(Image::Bucket);
+        return Found::whole(Settled::Suspended, "suspended; its memory is in the bucket");
+    }
+    let how = match note {
+        Some(_) => "its memory was lost in a restart of the host; its disk is whole",
+        None => "its files on this host are gone; its disk is as it was last pushed to the bucket",
+    };
+    Found::lost(how.to_owned())
 }
 
-async fn take_up_process(resources: &Resources, parts: &mut Parts, note: VmNote) -> (Settled, String) {
+fn image_is_whole(run: &RunDir) -> bool {
+    run.state().exists() && (run.memory.exists() || run.memory_on_disk().exists())
+}
+
+async fn take_up_process(resources: &Resources, parts: &mut Parts, note: VmNote) -> Found {
     let run = resources.run_dir(parts.id);
-    let Some(slot) = resources.slots.take_number(note.slot) else {
-        return (Settled::Cold, "another VM has its network; its disk is whole".into());
+    let slot = resources.slots.take_number(note.slot);
+    let (Some(slot), Some(volume)) = (slot, parts.volume.clone()) else {
+        return match end_noted(&note).await {
+            Ok(()) => Found::lost("another VM has its network, so it was ended; its disk is whole".into()),
+            Err(error) => {
+                Found { settled: Settled::Failed, reason: format!("its old VM does not end: {error}"), lost: true }
+            }
+        };
     };
-    let Some(volume) = parts.volume.clone() else { return (Settled::Cold, "its disk is not open".into()) };
-    match VmProcess::adopt(resources, run.clone(), Plan { note, slot, volume }).await {
-        Ok(process) => {
+    let error = match VmProcess::adopt(resources, run.clone(), Plan { note, slot, volume }).await {
+        Ok((process, paused)) => {
             parts.process = Some(process);
-            (Settled::Running, "went on running while the node agent was restarted".into())
+            let settled = if paused { Settled::Paused } else { Settled::Running };
+            return Found::whole(settled, "went on while the node agent was restarted");
         }
-        Err(error) => {
-            if !matches!(error, StartError::Gone(_)) {
-                tracing::warn!(sprite = %parts.id, error = chain(&error), "cannot take up a living VM");
-            }
-            let dropped = blocking(move || {
-                files::remove_if_there(&run.note())?;
-                run.drop_image()
-            });
-            if let Err(error) = dropped.await {
-                tracing::warn!(sprite = %parts.id, %error, "cannot remove what is left of its VM");
-            }
-            (Settled::Cold, format!("its VM was lost ({}); its disk is whole to the last fsync", chain(&error)))
-        }
+        Err(error) => error,
+    };
+    if !matches!(error, StartError::Gone(_)) {
+        tracing::warn!(sprite = %parts.id, error = chain(&error), "cannot take up a living VM");
     }
+    let dropped = blocking(move || {
+        files::remove_if_there(&run.note())?;
+        run.drop_image()
+    });
+    if let Err(error) = dropped.await {
+        tracing::warn!(sprite = %parts.id, %error, "cannot remove what is left of its VM");
+    }
+    Found::lost(format!("its VM was lost ({}); its disk is whole to the last fsync", chain(&error)))
 }

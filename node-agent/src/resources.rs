@@ -9,24 +9,23 @@ use std::{
 };
 
 use blockstore::store::{BaseId, Store};
-use proto::{
-    id::SpriteId,
-    record::SizeClass,
-};
+use proto::{id::SpriteId, record::SizeClass};
 use tokio::sync::OnceCell;
 
 use crate::{
     config::Config,
     digest,
     golden::{Golden, GoldenError},
-    jail::JailSpec,
+    jail::{JailSpec, Limits},
     net::{Network, SpriteNet},
     process::RunDir,
-    qemu::MachineModel,
+    qemu::{Accel, MachineModel},
 };
 
 /// VMs one host can have, asleep ones not counted: each takes a network of four addresses and a user id.
 pub const SLOTS: u32 = 4096;
+/// Threads of one QEMU: vCPUs, I/O workers, one for each device at most.
+const QEMU_TASKS_MAX: u32 = 256;
 /// First user id of the VMs; above what distributions and `adduser` give out.
 const UID_BASE: u32 = 1_500_000;
 
@@ -76,11 +75,32 @@ impl Resources {
         UID_BASE + slot
     }
 
-    /// How a VM is locked up.
+    pub fn is_vm_uid(uid: u32) -> bool {
+        (UID_BASE..UID_BASE + SLOTS).contains(&uid)
+    }
+
+    /// How a VM is locked up: it sees its own folder and memory, the golden snapshots and the kernel, nothing else.
     pub fn jail_spec(&self, run: &RunDir, slot: u32, args: Vec<String>, net: &SpriteNet, tap: RawFd) -> JailSpec {
         let uid = self.uid(slot);
-        let _ = (uid, args, net, tap, run);
-        unimplemented_spec()
+        JailSpec {
+            run: run.folder.clone(),
+            program: self.qemu.clone(),
+            args,
+            writable: vec![run.memory.clone()],
+            readable: vec![self.golden_folder(), self.config.image.kernel.clone(), self.config.image.initrd.clone()],
+            netns: Some(net.netns_path().to_owned()),
+            uid,
+            gid: uid,
+            keep_fds: vec![tap],
+            kvm: matches!(self.config.accel, Accel::Kvm { .. }),
+            limits: Limits {
+                cgroup: Some(format!("{}-{slot}", self.config.instance)),
+                // Guest memory is bounded by its size; this is for QEMU itself, so that it cannot fork or grow without end.
+                tasks_max: Some(QEMU_TASKS_MAX),
+                ..Limits::default()
+            },
+            watchdog: None,
+        }
     }
 
     /// Whether the host has room for one more VM.
@@ -98,10 +118,6 @@ impl Resources {
             }
         }
     }
-}
-
-fn unimplemented_spec() -> JailSpec {
-    unreachable!()
 }
 
 fn available_memory() -> io::Result<u64> {

@@ -18,7 +18,7 @@
 //! 1. At most one change is under way; while it is, wishes are remembered, not acted on.
 //! 2. A sprite that is in use ends up running, or failed with a reason; it is never put to sleep by the idle policy.
 //! 3. `Destroyed` is final.
-//! 4. An explicit order to sleep holds until the next request; the idle policy never wakes anything.
+//! 4. An explicit order to sleep holds until the next request; the idle policy never wakes anything, but may let it sleep deeper.
 
 #![warn(clippy::wildcard_enum_match_arm)]
 
@@ -30,7 +30,7 @@ use tokio::time::Instant;
 pub(crate) mod change;
 pub mod task;
 
-/// A sprite that is always on and failed is started again after this, so that a VM that dies at once does not keep the host busy.
+/// A sprite that is always on and failed, or found no room, is started again after this, so that a VM that dies at once does not keep the host busy.
 const ALWAYS_ON_RETRY: Duration = Duration::from_secs(10);
 
 /// Where a sprite is.
@@ -109,11 +109,16 @@ pub enum Event {
     Active,
     /// Put to sleep by order; holds until the next `Used`.
     SleepOrdered(Depth),
-    RestoreOrdered { checkpoint: String },
+    RestoreOrdered {
+        checkpoint: String,
+    },
     RebootOrdered,
     DestroyOrdered,
     /// The policy in the record changed.
-    PolicyChanged { idle: IdlePolicy, always_on: bool },
+    PolicyChanged {
+        idle: IdlePolicy,
+        always_on: bool,
+    },
     /// The change under way ended here.
     Settled(Settled),
     /// The VM's process went away by itself.
@@ -146,6 +151,8 @@ pub struct Vm {
     /// Someone waits for the sprite to answer although it sleeps.
     wanted: bool,
     job: Option<Change>,
+    /// The last wake came to nothing: one that nobody waits for is not tried before.
+    retry_at: Option<Instant>,
     destroy: bool,
     idle: IdlePolicy,
     always_on: bool,
@@ -162,6 +169,7 @@ impl Vm {
             ordered: None,
             wanted: false,
             job: None,
+            retry_at: None,
             destroy: false,
             idle,
             always_on,
@@ -256,24 +264,26 @@ impl Vm {
     }
 
     fn settle(&mut self, settled: Settled, now: Instant) -> Result<(), Refused> {
-        match &self.state {
-            State::Creating | State::Changing(_) => {}
+        let was_wake = match &self.state {
+            State::Changing(Change::Boot | Change::Resume | Change::Unpause) => true,
+            State::Creating | State::Changing(_) => false,
             State::Running | State::Paused | State::Suspended | State::Cold | State::Failed | State::Destroyed => {
                 return Err(Refused::NothingUnderWay);
             }
-        }
+        };
         match settled {
             Settled::Running => {
                 self.wanted = false;
+                self.retry_at = None;
                 self.last_active = now;
             }
-            // Whoever waited is told about the failure; only a new request tries again.
-            Settled::Failed => {
-                self.wanted = false;
-                self.busy = false;
-            }
-            Settled::Suspended | Settled::Cold | Settled::Destroyed => self.busy = false,
+            Settled::Failed | Settled::Suspended | Settled::Cold | Settled::Destroyed => self.busy = false,
             Settled::Paused => {}
+        }
+        // Whoever waited is told about the failure; only a new request tries again.
+        if settled == Settled::Failed || (was_wake && settled != Settled::Running) {
+            self.wanted = false;
+            self.retry_at = Some(now + ALWAYS_ON_RETRY);
         }
         self.enter(settled.into(), now);
         Ok(())
@@ -284,6 +294,7 @@ impl Vm {
         match self.state {
             State::Running | State::Paused => {
                 self.busy = false;
+                self.retry_at = Some(now + ALWAYS_ON_RETRY);
                 self.enter(State::Failed, now);
             }
             State::Creating
@@ -311,32 +322,28 @@ impl Vm {
         if let Some(job) = self.job.take() {
             return Some(job);
         }
-        let due = |after_ms: u64| now >= self.since + Duration::from_millis(after_ms);
+        let due = |deadline: Option<Instant>| deadline.is_some_and(|at| now >= at);
         match self.state {
             State::Running => self.fall_asleep(now),
-            State::Paused if self.awake_wanted() => Some(Change::Unpause),
+            State::Paused if self.awake_wanted(now) => Some(Change::Unpause),
             State::Paused => match self.ordered {
                 Some(Depth::Suspended) => Some(Change::Suspend),
                 Some(Depth::Cold) => Some(Change::GoCold),
-                Some(Depth::Paused) => None,
-                None => due(self.idle.suspend_after_ms).then_some(Change::Suspend),
+                Some(Depth::Paused) | None => due(self.deeper_due()).then_some(Change::Suspend),
             },
-            State::Suspended if self.awake_wanted() => Some(Change::Resume),
+            State::Suspended if self.awake_wanted(now) => Some(Change::Resume),
             State::Suspended => match self.ordered {
                 Some(Depth::Cold) => Some(Change::GoCold),
-                Some(Depth::Paused | Depth::Suspended) => None,
-                None => due(self.idle.cold_after_ms).then_some(Change::GoCold),
+                Some(Depth::Paused | Depth::Suspended) | None => due(self.deeper_due()).then_some(Change::GoCold),
             },
-            State::Cold | State::Failed if self.awake_wanted() => Some(Change::Boot),
-            State::Failed if self.always_on && self.ordered.is_none() && now >= self.since + ALWAYS_ON_RETRY => {
-                Some(Change::Boot)
-            }
+            State::Cold | State::Failed if self.awake_wanted(now) => Some(Change::Boot),
             State::Cold | State::Failed | State::Creating | State::Changing(_) | State::Destroyed => None,
         }
     }
 
-    fn awake_wanted(&self) -> bool {
-        self.wanted || (self.always_on && self.ordered.is_none() && self.state != State::Failed)
+    fn awake_wanted(&self, now: Instant) -> bool {
+        let rested = self.retry_at.is_none_or(|at| now >= at);
+        self.wanted || (self.always_on && self.ordered.is_none() && rested)
     }
 
     fn fall_asleep(&self, now: Instant) -> Option<Change> {
@@ -358,14 +365,27 @@ impl Vm {
         self.idle.pause_after_ms.map(|after_ms| self.last_active + Duration::from_millis(after_ms))
     }
 
+    /// When the idle policy puts a sleeping sprite into the next deeper sleep. One that never sleeps by itself stays as deep as it was told.
+    fn deeper_due(&self) -> Option<Instant> {
+        self.idle.pause_after_ms?;
+        let after_ms = match self.state {
+            State::Paused => self.idle.suspend_after_ms,
+            State::Suspended => self.idle.cold_after_ms,
+            State::Creating | State::Running | State::Cold | State::Changing(_) | State::Failed | State::Destroyed => {
+                return None;
+            }
+        };
+        Some(self.since + Duration::from_millis(after_ms))
+    }
+
     /// When [`Event::Tick`] can change something.
     pub fn deadline(&self) -> Option<Instant> {
+        let retry = self.retry_at.filter(|_| self.always_on && self.ordered.is_none());
         match self.state {
             State::Running => self.pause_due(),
-            State::Paused => Some(self.since + Duration::from_millis(self.idle.suspend_after_ms)),
-            State::Suspended => Some(self.since + Duration::from_millis(self.idle.cold_after_ms)),
-            State::Failed if self.always_on => Some(self.since + ALWAYS_ON_RETRY),
-            State::Creating | State::Cold | State::Changing(_) | State::Failed | State::Destroyed => None,
+            State::Paused | State::Suspended => retry.into_iter().chain(self.deeper_due()).min(),
+            State::Cold | State::Failed => retry,
+            State::Creating | State::Changing(_) | State::Destroyed => None,
         }
     }
 }

@@ -78,7 +78,11 @@ fn tasks(limits: &Limits) -> Vec<Setting> {
 
 /// Version 1 counts in 1024ths of a usual share.
 fn shares_v1(limits: &Limits) -> Vec<Setting> {
-    limits.cpu_weight.map(|weight| ("cpu.shares", (u64::from(weight) * 1024 / 100).max(2).to_string())).into_iter().collect()
+    limits
+        .cpu_weight
+        .map(|weight| ("cpu.shares", (u64::from(weight) * 1024 / 100).max(2).to_string()))
+        .into_iter()
+        .collect()
 }
 
 fn join_unified(root: &Path, name: &str, limits: &Limits) -> Option<Joined> {

@@ -4,7 +4,10 @@
 
 use std::{
     io,
-    os::{fd::{BorrowedFd, RawFd}, unix::fs::MetadataExt as _},
+    os::{
+        fd::{BorrowedFd, RawFd},
+        unix::fs::MetadataExt as _,
+    },
 };
 
 use nix::{

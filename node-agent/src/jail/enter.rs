@@ -15,7 +15,7 @@ use nix::{
     unistd::{ForkResult, Pid, fork, pipe2, setsid},
 };
 
-use super::{Jailed, JailSpec, cgroup::Group, confine, root, watcher};
+use super::{JailSpec, Jailed, cgroup::Group, confine, root, watcher};
 
 /// Which step of building the jail failed.
 #[derive(Debug, thiserror::Error)]
@@ -36,8 +36,8 @@ pub(super) fn step<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> 
 /// Builds the jail around this process, starts watcher and QEMU, and returns in the process that is no longer needed.
 pub(super) fn enter(path: &Path) -> Result<(), EnterError> {
     let bytes = std::fs::read(path).map_err(|source| EnterError::Spec { path: path.to_owned(), source })?;
-    let spec: JailSpec =
-        serde_json::from_slice(&bytes).map_err(|error| EnterError::Spec { path: path.to_owned(), source: error.into() })?;
+    let spec: JailSpec = serde_json::from_slice(&bytes)
+        .map_err(|error| EnterError::Spec { path: path.to_owned(), source: error.into() })?;
     // Fails only for the leader of a session, which is just as good.
     setsid().ok();
     confine::close_others(&spec.keep_fds).map_err(step("close inherited descriptors"))?;

@@ -78,8 +78,23 @@ async fn qemu_is_locked_up_and_its_end_is_written_down() {
     let object = format!("memory-backend-file,id=mem,size=64M,mem-path={},share=on", memory.path().display());
     let sandbox = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
     let args = [
-        "-M", "microvm,memory-backend=mem", "-m", "64M", "-object", &object, "-S", "-nodefaults", "-no-user-config",
-        "-display", "none", "-accel", "tcg", "-sandbox", sandbox, "-qmp", &qmp,
+        "-M",
+        "microvm,memory-backend=mem",
+        "-m",
+        "64M",
+        "-object",
+        &object,
+        "-S",
+        "-nodefaults",
+        "-no-user-config",
+        "-display",
+        "none",
+        "-accel",
+        "tcg",
+        "-sandbox",
+        sandbox,
+        "-qmp",
+        &qmp,
     ];
     let mut spec = spec(&run, "/usr/bin/qemu-system-x86_64", &args);
     spec.writable.push(memory.path().to_owned());

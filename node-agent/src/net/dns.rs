@@ -87,7 +87,9 @@ impl HostResolvers {
                         self.servers = parse_resolv_conf(&text);
                         self.changed = changed;
                     }
-                    Err(error) => tracing::warn!(%error, "cannot read {RESOLV_CONF}; guests go on with the name servers of before"),
+                    Err(error) => {
+                        tracing::warn!(%error, "cannot read {RESOLV_CONF}; guests go on with the name servers of before")
+                    }
                 }
             }
         }
@@ -248,7 +250,11 @@ async fn answer(query: &[u8], resolvers: &Resolvers, transport: Transport) -> Op
 }
 
 async fn ask_udp(server: SocketAddr, query: &[u8]) -> io::Result<Vec<u8>> {
-    let any = if server.is_ipv4() { SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0)) } else { SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0)) };
+    let any = if server.is_ipv4() {
+        SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0))
+    } else {
+        SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0))
+    };
     // A socket for each question has a random port, and being connected it takes only packets of this server.
     let socket = UdpSocket::bind(any).await?;
     socket.connect(server).await?;

@@ -21,11 +21,8 @@ const REFUSE: &str = "reject with icmpx type admin-prohibited";
 pub(super) fn host_table(names: &Names, denied: &[Cidr], allowed: &[Cidr]) -> String {
     let table = names.table();
     let veths = format!("\"{}*\"", names.veth_prefix());
-    let block = format!(
-        "{}/{}",
-        std::net::Ipv4Addr::from(names.base),
-        32 - (SLOTS_MAX * SLOT_ADDRESSES).trailing_zeros()
-    );
+    let block =
+        format!("{}/{}", std::net::Ipv4Addr::from(names.base), 32 - (SLOTS_MAX * SLOT_ADDRESSES).trailing_zeros());
     let mut text = String::new();
     // Declared first, so that the deletion finds it; one transaction replaces the old table without a gap.
     writeln!(text, "table inet {table}\ndelete table inet {table}\ntable inet {table} {{").expect(INTO_STRING);

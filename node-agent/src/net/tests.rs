@@ -98,7 +98,11 @@ route add default via {GATEWAY_V6}
     async fn refused(&self, address: &str) {
         let begun = Instant::now();
         let error = self.reach(address).await.expect_err(address);
-        assert_ne!(error, io::ErrorKind::ConnectionRefused, "{address}: the packet came through, nothing listens there");
+        assert_ne!(
+            error,
+            io::ErrorKind::ConnectionRefused,
+            "{address}: the packet came through, nothing listens there"
+        );
         assert!(begun.elapsed() < REACH_LIMIT, "{address}: dropped in silence");
     }
 }
@@ -184,7 +188,10 @@ async fn a_guest_reaches_the_world_and_none_of_what_is_walled() {
     guest.refused(&format!("[{GATEWAY_V6}]:{port}")).await;
 
     // From the host no way leads in, not even by the route to the namespace.
-    let inward = StdStream::connect_timeout(&format!("{}:8000", names.namespace_address(2)).parse().unwrap(), Duration::from_millis(500));
+    let inward = StdStream::connect_timeout(
+        &format!("{}:8000", names.namespace_address(2)).parse().unwrap(),
+        Duration::from_millis(500),
+    );
     assert!(inward.is_err());
 
     one.detach().await.unwrap();

@@ -3,17 +3,25 @@
 //! A change takes the sprite's [`Parts`] and gives them back with where it ended. None of them leaves a sprite without its disk: the volume is only given up
 //! when everything in it has reached the bucket.
 
-use std::{sync::Arc, time::{Duration, Instant, SystemTime, UNIX_EPOCH}};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
 
-use blockstore::store::Volume;
-use proto::{agent, id::SpriteId, record::{DISK_BYTES_DEFAULT, SizeClass, SpriteRecord}};
+use blockstore::store::{MemoryTarget, StoreError, Volume};
+use proto::{
+    agent,
+    id::SpriteId,
+    record::{DISK_BYTES_DEFAULT, SizeClass, SpriteRecord},
+};
 
 use super::{Change, Settled};
 use crate::{
     agent::{AgentClient, CallError},
+    golden::Golden,
     net,
     process::{Plan, VmNote, VmProcess, blocking},
-    resources::Resources,
+    resources::{Resources, Slot},
 };
 
 /// Ending the user's processes before a restore may take so long; then a fresh VM is the quicker way (ruling 15).
@@ -38,6 +46,22 @@ pub(crate) enum GuestError {
     Silent(&'static str),
 }
 
+/// Why no VM was started.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum BootError {
+    /// Nothing is broken: the same may work later.
+    #[error("the host has no {0} left for another VM; let some sprites sleep, or add memory")]
+    NoRoom(&'static str),
+    #[error("{0}")]
+    Failed(String),
+}
+
+impl BootError {
+    fn failed(error: &dyn std::error::Error) -> Self {
+        Self::Failed(chain(error))
+    }
+}
+
 /// What exists of a sprite on this host.
 #[derive(Debug)]
 pub(crate) struct Parts {
@@ -46,9 +70,19 @@ pub(crate) struct Parts {
     /// `None` while it waits in the pool.
     pub record: Option<SpriteRecord>,
     pub process: Option<VmProcess>,
+    /// `None`, or no longer open: everything is in the bucket, and any host may take it.
     pub volume: Option<Volume>,
     /// A suspended image that has not been loaded yet.
-    pub image: Option<VmNote>,
+    pub image: Option<Image>,
+}
+
+/// Where the memory of a suspended sprite is.
+#[derive(Clone, Debug)]
+pub(crate) enum Image {
+    /// On this host, and later in the bucket as well.
+    Local(VmNote),
+    /// In the bucket only.
+    Bucket,
 }
 
 /// Where a change ended, and what people should know.
@@ -63,13 +97,21 @@ pub(crate) struct Outcome {
     pub event: Option<String>,
     /// Set when what was asked for was not done.
     pub error: Option<String>,
+    /// It was not woken because the host has no room now.
+    pub no_room: bool,
     /// How long vCPUs stood still until the device state was saved.
     pub frozen: Option<Duration>,
 }
 
 impl Outcome {
     fn new(settled: Settled, reason: impl Into<String>) -> Self {
-        Self { settled, reason: reason.into(), resumed: None, event: None, error: None, frozen: None }
+        Self { settled, reason: reason.into(), resumed: None, event: None, error: None, no_room: false, frozen: None }
+    }
+
+    /// Still where it was.
+    fn no_room(settled: Settled, what: &'static str) -> Self {
+        let reason = BootError::NoRoom(what).to_string();
+        Self { error: Some(reason.clone()), no_room: true, ..Self::new(settled, reason) }
     }
 
     fn failed(reason: String) -> Self {
@@ -112,13 +154,17 @@ async fn pause(parts: &mut Parts, why: String) -> Outcome {
 async fn sync_guest(process: &VmProcess) {
     match tokio::time::timeout(SYNC_LIMIT, process.agent.sync()).await {
         Ok(Ok(())) => {}
-        Ok(Err(error)) => tracing::warn!(sprite = %process.note.sprite, error = chain(&error), "the guest cannot sync its disk"),
-        Err(_elapsed) => tracing::info!(sprite = %process.note.sprite, "the guest is still writing; it sleeps with unwritten pages in memory"),
+        Ok(Err(error)) => {
+            tracing::warn!(sprite = %process.note.sprite, error = chain(&error), "the guest cannot sync its disk")
+        }
+        Err(_elapsed) => {
+            tracing::info!(sprite = %process.note.sprite, "the guest is still writing; it sleeps with unwritten pages in memory")
+        }
     }
 }
 
 async fn unpause(resources: &Resources, parts: &mut Parts) -> Outcome {
-    let woken = match &parts.process {
+    let woken = match &mut parts.process {
         Some(process) => match process.unpause().await {
             Ok(()) => configure(process, parts.record.as_ref(), false).await.map_err(|error| chain(&error)),
             Err(error) => Err(chain(&error)),
@@ -146,7 +192,7 @@ async fn suspend(parts: &mut Parts, why: String) -> Outcome {
     let volume = volume.clone();
     match process.suspend(|| volume.status().lsn.0).await {
         Ok(frozen) => {
-            parts.image = Some(process.note.clone());
+            parts.image = Some(Image::Local(process.note.clone()));
             end_process(parts).await;
             Outcome { frozen: Some(frozen), ..Outcome::new(Settled::Suspended, why) }
         }
@@ -176,7 +222,14 @@ async fn resume(resources: &Resources, parts: &mut Parts) -> Outcome {
     let Some(image) = parts.image.take() else {
         return boot(resources, parts, "woken from its disk".into()).await;
     };
-    let why = match try_resume(resources, parts, image).await {
+    let slot = match room(resources) {
+        Ok(slot) => slot,
+        Err(what) => {
+            parts.image = Some(image);
+            return Outcome::no_room(Settled::Suspended, what);
+        }
+    };
+    let why = match try_resume(resources, parts, image, slot).await {
         Ok(()) => return Outcome { resumed: Some("memory"), ..Outcome::new(Settled::Running, "woken") },
         Err(why) => why,
     };
@@ -187,67 +240,110 @@ async fn resume(resources: &Resources, parts: &mut Parts) -> Outcome {
     outcome
 }
 
-async fn try_resume(resources: &Resources, parts: &mut Parts, image: VmNote) -> Result<(), String> {
-    let volume = parts.volume.clone().ok_or("its disk is not open")?;
+/// A place for one more VM, or what there is none of.
+fn room(resources: &Resources) -> Result<Slot, &'static str> {
+    if !resources.has_room() {
+        return Err("memory");
+    }
+    resources.slots.take().ok_or("network slot")
+}
+
+async fn try_resume(resources: &Resources, parts: &mut Parts, image: Image, slot: Slot) -> Result<(), String> {
+    let volume = open_disk(resources, parts).await.map_err(|error| chain(&error))?;
+    let golden = resources.golden(parts.size).await.map_err(|error| chain(&error))?;
+    let image = match image {
+        Image::Local(note) => note,
+        Image::Bucket => fetch(resources, parts, golden, &volume).await?,
+    };
     let lsn = volume.status().lsn.0;
     if image.suspended_lsn != Some(lsn) {
         return Err(format!("the image belongs to disk position {:?}, the disk is at {lsn}", image.suspended_lsn));
     }
     volume.retire_memory().await.map_err(|error| chain(&error))?;
-    let golden = resources.golden(parts.size).await.map_err(|error| chain(&error))?;
-    let slot = resources.slots.take().ok_or("all VM slots of this host are in use")?;
     let plan = Plan { note: image, slot, volume };
-    let process = VmProcess::resume(resources, resources.run_dir(parts.id), golden, plan).await.map_err(|error| chain(&error))?;
+    let process =
+        VmProcess::resume(resources, resources.run_dir(parts.id), golden, plan).await.map_err(|error| chain(&error))?;
     let configured = configure(&process, parts.record.as_ref(), false).await;
     parts.process = Some(process);
     configured.map_err(|error| chain(&error))
+}
+
+/// Brings the image from the bucket to where a suspend would have left it.
+async fn fetch(resources: &Resources, parts: &Parts, golden: &Golden, volume: &Volume) -> Result<VmNote, String> {
+    let run = resources.run_dir(parts.id);
+    let info = volume.memory().ok_or("the bucket has no memory of it for its disk as it is")?;
+    if info.snapshot_key != golden.key {
+        return Err(format!("its memory belongs to snapshot {}, this host has {}", info.snapshot_key, golden.key));
+    }
+    let cleared = run.clone();
+    let clear = blocking(move || {
+        std::fs::create_dir_all(&cleared.folder)?;
+        cleared.drop_image()
+    });
+    clear.await.map_err(|error| error.to_string())?;
+    let target =
+        MemoryTarget { memory_file: run.memory.clone(), golden_file: golden.memory.clone(), state_file: run.state() };
+    let info = volume.fetch_memory(target).await.map_err(|error| chain(&error))?;
+    Ok(VmNote {
+        sprite: parts.id,
+        size: parts.size,
+        slot: 0,
+        snapshot_key: info.snapshot_key,
+        process: None,
+        loading: false,
+        suspended_lsn: Some(info.lsn.0),
+        pooled: false,
+    })
 }
 
 /// A fresh golden VM on the sprite's disk.
 pub(crate) async fn boot(resources: &Resources, parts: &mut Parts, why: String) -> Outcome {
     match try_boot(resources, parts, false).await {
         Ok(()) => Outcome { resumed: Some("disk"), ..Outcome::new(Settled::Running, why) },
-        Err(reason) => {
+        Err(BootError::NoRoom(what)) => Outcome::no_room(Settled::Cold, what),
+        Err(BootError::Failed(reason)) => {
             end_process(parts).await;
             Outcome::failed(reason)
         }
     }
 }
 
+/// The sprite's disk, taken for this host if it is not. One that is open costs nothing.
+async fn open_disk(resources: &Resources, parts: &mut Parts) -> Result<Volume, StoreError> {
+    let volume = resources.store.acquire(parts.id).await?;
+    parts.volume = Some(volume.clone());
+    Ok(volume)
+}
+
 /// Starts a VM on the disk and its environment in it. `fresh` is the sprite's first life.
-pub(crate) async fn try_boot(resources: &Resources, parts: &mut Parts, fresh: bool) -> Result<(), String> {
-    if !resources.has_room() {
-        return Err("the host has no memory left for another VM; let some sprites sleep, or add memory".into());
-    }
-    if parts.volume.is_none() {
-        parts.volume = Some(resources.store.acquire(parts.id).await.map_err(|error| chain(&error))?);
-    }
-    let volume = parts.volume.clone().ok_or("its disk is not open")?;
-    let golden = resources.golden(parts.size).await.map_err(|error| chain(&error))?;
-    let slot = resources.slots.take().ok_or("all VM slots of this host are in use")?;
+pub(crate) async fn try_boot(resources: &Resources, parts: &mut Parts, fresh: bool) -> Result<(), BootError> {
+    let slot = room(resources).map_err(BootError::NoRoom)?;
+    let volume = open_disk(resources, parts).await.map_err(|error| BootError::failed(&error))?;
+    let golden = resources.golden(parts.size).await.map_err(|error| BootError::failed(&error))?;
     let note = VmNote {
         sprite: parts.id,
         size: parts.size,
         slot: slot.number(),
         snapshot_key: golden.key.clone(),
         process: None,
+        loading: false,
         suspended_lsn: None,
         pooled: parts.record.is_none(),
     };
     let run = resources.run_dir(parts.id);
     let old = run.clone();
     if old.folder.exists() {
-        blocking(move || old.drop_image()).await.map_err(|error| chain(&error))?;
+        blocking(move || old.drop_image()).await.map_err(|error| BootError::failed(&error))?;
     }
     parts.image = None;
     let plan = Plan { note, slot, volume: volume.clone() };
-    let process = VmProcess::start(resources, run, golden, plan).await.map_err(|error| chain(&error))?;
+    let process = VmProcess::start(resources, run, golden, plan).await.map_err(|error| BootError::failed(&error))?;
     let process = parts.process.insert(process);
     if volume.size_bytes() != DISK_BYTES_DEFAULT {
-        process.announce_disk_size(volume.size_bytes()).await.map_err(|error| chain(&error))?;
+        process.announce_disk_size(volume.size_bytes()).await.map_err(|error| BootError::failed(&error))?;
     }
-    configure(process, parts.record.as_ref(), fresh).await.map_err(|error| chain(&error))?;
-    start_environment(&process.agent).await.map_err(|error| chain(&error))
+    configure(process, parts.record.as_ref(), fresh).await.map_err(|error| BootError::failed(&error))?;
+    start_environment(&process.agent).await.map_err(|error| BootError::failed(&error))
 }
 
 /// Sends identity, time and entropy. Before user code runs, after every start (machine-and-vm.md).
@@ -297,14 +393,12 @@ async fn go_cold(resources: &Resources, parts: &mut Parts, why: String) -> Outco
             return suspended;
         }
     }
-    if let Some(volume) = &parts.volume {
-        if let Err(error) = volume.clone().release().await {
-            let reason = format!("cannot push its disk to the bucket: {}; it stays suspended", chain(&error));
-            tracing::warn!(sprite = %parts.id, reason);
-            return Outcome { error: Some(reason.clone()), ..Outcome::new(Settled::Suspended, reason) };
-        }
-        parts.volume = None;
+    if let Err(why) = give_up_disk(resources, parts).await {
+        let reason = format!("cannot push its disk to the bucket: {why}; it stays suspended");
+        tracing::warn!(sprite = %parts.id, reason);
+        return Outcome { error: Some(reason.clone()), ..Outcome::new(Settled::Suspended, reason) };
     }
+    parts.volume = None;
     parts.image = None;
     let run = resources.run_dir(parts.id);
     if let Err(error) = blocking(move || if run.folder.exists() { run.drop_image() } else { Ok(()) }).await {
@@ -313,16 +407,26 @@ async fn go_cold(resources: &Resources, parts: &mut Parts, why: String) -> Outco
     Outcome::new(Settled::Cold, why)
 }
 
+/// Everything to the bucket, no memory, no owner.
+async fn give_up_disk(resources: &Resources, parts: &mut Parts) -> Result<(), String> {
+    let volume = open_disk(resources, parts).await.map_err(|error| chain(&error))?;
+    if volume.memory().is_some() {
+        volume.retire_memory().await.map_err(|error| chain(&error))?;
+    }
+    volume.release().await.map_err(|error| chain(&error))
+}
+
 /// Ruling 15: under the live VM only when nothing provably holds the device, else in a fresh one.
 async fn restore(resources: &Resources, parts: &mut Parts, checkpoint: &str) -> Outcome {
     let begun = Instant::now();
-    if parts.volume.is_none() {
-        match resources.store.acquire(parts.id).await {
-            Ok(volume) => parts.volume = Some(volume),
-            Err(error) => return Outcome::failed(format!("cannot open its disk: {}", chain(&error))),
+    let volume = match open_disk(resources, parts).await {
+        Ok(volume) => volume,
+        Err(error) => {
+            let reason = format!("cannot open its disk: {}", chain(&error));
+            end_process(parts).await;
+            return Outcome::failed(reason);
         }
-    }
-    let Some(volume) = parts.volume.clone() else { return Outcome::failed("its disk is not open".into()) };
+    };
     if !volume.checkpoints().await.iter().any(|known| known.id == checkpoint) {
         let settled = if parts.process.is_some() { Settled::Running } else { Settled::Cold };
         let error = Some(format!("there is no checkpoint {checkpoint}"));
@@ -346,8 +450,8 @@ async fn restore(resources: &Resources, parts: &mut Parts, checkpoint: &str) -> 
 }
 
 /// Whether the live VM can take new disk content.
-async fn stop_environment(parts: &Parts) -> bool {
-    let Some(process) = &parts.process else { return false };
+async fn stop_environment(parts: &mut Parts) -> bool {
+    let Some(process) = &mut parts.process else { return false };
     if process.qmp.run_state().await.is_ok_and(|state| state == "paused") && process.unpause().await.is_err() {
         return false;
     }
@@ -373,7 +477,9 @@ async fn restart_environment(resources: &Resources, parts: &mut Parts, in_place:
     if in_place && let Some(process) = &parts.process {
         match start_environment(&process.agent).await {
             Ok(()) => return Outcome::new(Settled::Running, "restored"),
-            Err(error) => tracing::warn!(sprite = %parts.id, error = chain(&error), "the environment does not start again; using a fresh VM"),
+            Err(error) => {
+                tracing::warn!(sprite = %parts.id, error = chain(&error), "the environment does not start again; using a fresh VM")
+            }
         }
         end_process(parts).await;
     }

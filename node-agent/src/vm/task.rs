@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  requests ──Command──▶ ┌──────────┐ ──step──▶ Vm (pure)
-//!  guest events ───────▶ │  owner   │ ◀─Change── 
+//!  guest events ───────▶ │  owner   │ ◀─Change──
 //!  process end ────────▶ │  task    │ ──spawn──▶ change::make ──▶ (Parts, Outcome) ──▶ Event::Settled
 //!  timers ─────────────▶ └──────────┘ ──watch──▶ SpriteStatus
 //! ```
@@ -35,12 +35,13 @@ use tokio::{
 
 use super::{
     Change, Depth, Event, Refused, Settled, State, Vm,
-    change::{self, Outcome, Parts, chain},
+    change::{self, Image, Outcome, Parts, chain},
 };
 use crate::{
     host::{Running, WakeError},
+    pid::Process,
     preserve::{self, Preserved},
-    process::VmProcess,
+    process::ProcessNote,
     resources::Resources,
 };
 
@@ -56,30 +57,56 @@ const STATUS_PERIOD: Duration = Duration::from_secs(2);
 /// What others ask of a sprite's owner.
 #[derive(Debug)]
 pub(crate) enum Command {
-    Use { reply: oneshot::Sender<Result<Running, WakeError>> },
-    Sleep { depth: Depth, reply: oneshot::Sender<Result<SleepReport, OrderError>> },
-    Restore { checkpoint: String, reply: oneshot::Sender<Result<(), OrderError>> },
-    Reboot { reply: oneshot::Sender<Result<(), OrderError>> },
-    Destroy { reply: oneshot::Sender<Result<(), OrderError>> },
+    Use {
+        reply: oneshot::Sender<Result<Running, WakeError>>,
+    },
+    Sleep {
+        depth: Depth,
+        reply: oneshot::Sender<Result<SleepReport, OrderError>>,
+    },
+    Restore {
+        checkpoint: String,
+        reply: oneshot::Sender<Result<(), OrderError>>,
+    },
+    Reboot {
+        reply: oneshot::Sender<Result<(), OrderError>>,
+    },
+    Destroy {
+        reply: oneshot::Sender<Result<(), OrderError>>,
+    },
     /// The record in the bucket changed.
-    Reload { record: Box<SpriteRecord> },
+    Reload {
+        record: Box<SpriteRecord>,
+    },
     /// The volume has grown under the living VM.
-    AnnounceDiskSize { size_bytes: u64, reply: oneshot::Sender<Result<(), String>> },
+    AnnounceDiskSize {
+        size_bytes: u64,
+        reply: oneshot::Sender<Result<(), String>>,
+    },
     Guest(Box<GuestEvent>),
-    ProcessEnded { pid: i32 },
-    AgentGone { pid: i32 },
+    ProcessEnded {
+        pid: i32,
+    },
+    /// The session of this number with the guest has ended.
+    AgentGone {
+        session: u64,
+    },
     /// The node agent is going away; the VM stays as it is.
-    Leave { reply: oneshot::Sender<()> },
+    Leave {
+        reply: oneshot::Sender<()>,
+    },
 }
 
 /// Times of a sleep, by ruling 14.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct SleepReport {
     pub frozen: Duration,
     /// From the order until memory and state were on the host's disk.
     pub local: Duration,
     /// From the order until disk and memory were in the bucket; zero when that was not asked for or not possible.
     pub bucket: Duration,
+    /// Where its memory could not be brought. It sleeps all the same.
+    pub not_preserved: Option<String>,
 }
 
 /// Why an order was not carried out.
@@ -141,25 +168,49 @@ struct Task {
     /// Who waits for a restore or reboot, in order, and for the destroy.
     jobs: VecDeque<oneshot::Sender<Result<(), OrderError>>>,
     destroying: Vec<oneshot::Sender<Result<(), OrderError>>>,
+    /// As it was read last; also while the parts are away.
+    record: Option<SpriteRecord>,
+    watched: Watched,
     preserving: Option<JoinHandle<Preserved>>,
+    /// The disk is being given up; nothing may be done with it before that has ended.
+    releasing: Option<JoinHandle<()>>,
     detached_output_bytes: u64,
     status: watch::Sender<SpriteStatus>,
     next_wake: Option<Instant>,
     woke_by: &'static str,
 }
 
+/// What has a watcher already. Every change of state comes by here, and a second watcher of the same thing would answer the guest twice.
+#[derive(Clone, Copy, Debug, Default)]
+struct Watched {
+    process: Option<ProcessNote>,
+    session: Option<u64>,
+}
+
 /// Starts the owner of a sprite that is in `settled` with `parts`.
-pub(crate) fn spawn(resources: Arc<Resources>, parts: Parts, settled: Settled, reason: &str) -> SpriteHandle {
+///
+/// `event` is what people should know about how it got there.
+pub(crate) fn spawn(
+    resources: Arc<Resources>,
+    parts: Parts,
+    settled: Settled,
+    reason: &str,
+    event: Option<String>,
+) -> SpriteHandle {
     let (sender, commands) = mpsc::channel(COMMANDS_MAX);
     let now = Instant::now();
-    let (idle, always_on) = parts.record.as_ref().map_or_else(Default::default, |record| (record.idle, record.always_on));
-    let first = SpriteStatus {
+    let record = parts.record.clone();
+    let (idle, always_on) = record.as_ref().map_or_else(Default::default, |record| (record.idle, record.always_on));
+    let mut first = SpriteStatus {
         sprite_id: parts.id.to_string(),
         reason: reason.to_owned(),
         vcpus: parts.size.vcpus(),
         memory_bytes: parts.size.memory_bytes(),
         ..Default::default()
     };
+    if let Some(event) = event {
+        push_event(&mut first, event);
+    }
     let (status, watch) = watch::channel(first);
     let mut task = Task {
         resources,
@@ -173,14 +224,17 @@ pub(crate) fn spawn(resources: Arc<Resources>, parts: Parts, settled: Settled, r
         sleeping: Vec::new(),
         jobs: VecDeque::new(),
         destroying: Vec::new(),
+        record,
+        watched: Watched::default(),
         preserving: None,
+        releasing: None,
         detached_output_bytes: 0,
         status,
         next_wake: None,
         woke_by: "none",
     };
     task.plan_wake();
-    task.watch_process();
+    task.watch_process(settled);
     task.publish();
     tokio::spawn(task.run());
     SpriteHandle { commands: sender, status: watch }
@@ -227,7 +281,7 @@ impl Task {
             Command::AnnounceDiskSize { size_bytes, reply } => send(reply, self.announce_disk_size(size_bytes).await),
             Command::Guest(event) => self.guest(*event),
             Command::ProcessEnded { pid } => self.process_ended(pid).await,
-            Command::AgentGone { pid } => self.agent_gone(pid).await,
+            Command::AgentGone { session } => self.agent_gone(session).await,
             Command::Leave { .. } => unreachable!("handled by the loop"),
         }
     }
@@ -253,11 +307,14 @@ impl Task {
         tracing::info!(sprite = %parts.id, ?change, why, "change begins");
         let resources = Arc::clone(&self.resources);
         // A wake during a push aborts the push first (ruling 2).
-        let preserving = self.preserving.take();
+        let (preserving, releasing) = (self.preserving.take(), self.releasing.take());
         self.under_way = Some(tokio::spawn(async move {
             if let Some(preserving) = preserving {
                 preserving.abort();
                 drop(preserving.await);
+            }
+            if let Some(releasing) = releasing {
+                drop(releasing.await);
             }
             change::make(resources, parts, change, why).await
         }));
@@ -267,7 +324,9 @@ impl Task {
     fn why(&self, change: &Change) -> String {
         let idle = self.vm.last_active().elapsed().as_secs();
         match change {
-            Change::Pause | Change::Suspend | Change::GoCold if !self.sleeping.is_empty() => "put to sleep by order".into(),
+            Change::Pause | Change::Suspend | Change::GoCold if !self.sleeping.is_empty() => {
+                "put to sleep by order".into()
+            }
             Change::Pause | Change::Suspend | Change::GoCold => format!("idle for {idle} s"),
             Change::Unpause
             | Change::Resume
@@ -279,7 +338,7 @@ impl Task {
     }
 
     async fn settled(&mut self, done: Result<(Parts, Outcome), tokio::task::JoinError>) {
-        let (parts, outcome) = match done {
+        let (mut parts, outcome) = match done {
             Ok(done) => done,
             Err(error) => {
                 // A panic in a change is a bug of ours; the VM may still run, but nobody holds it any more. The next start of the node agent finds it.
@@ -289,14 +348,19 @@ impl Task {
             }
         };
         tracing::info!(sprite = %parts.id, settled = ?outcome.settled, reason = outcome.reason, error = outcome.error, "change ended");
+        // It may have been changed meanwhile.
+        parts.record.clone_from(&self.record);
         self.parts = Some(parts);
-        self.watch_process();
+        self.watch_process(outcome.settled);
         self.woke_by = outcome.resumed.unwrap_or("none");
         self.note(&outcome);
         let was_job = matches!(self.vm.state(), State::Changing(Change::Restore { .. } | Change::Reboot));
+        if outcome.no_room {
+            self.refuse_waiting();
+        }
         self.step(Event::Settled(outcome.settled));
         self.answer(&outcome, was_job);
-        if self.parts.is_some() && outcome.settled == Settled::Suspended {
+        if outcome.settled == Settled::Suspended && !outcome.no_room {
             self.begin_preserving();
         }
         self.publish();
@@ -344,8 +408,15 @@ impl Task {
         for order in done {
             let elapsed = order.begun.elapsed();
             let bucket = if reached == Depth::Cold { elapsed } else { Duration::ZERO };
-            let report = SleepReport { frozen: order.frozen, local: elapsed, bucket };
+            let report = SleepReport { frozen: order.frozen, local: elapsed, bucket, not_preserved: None };
             send(order.reply, failure.clone().map_or(Ok(report), |error| Err(OrderError::Failed(error))));
+        }
+    }
+
+    fn refuse_waiting(&mut self) {
+        let sprite = self.id();
+        for reply in self.waiting.drain(..) {
+            send(reply, Err(WakeError::NoCapacity(sprite)));
         }
     }
 
@@ -431,8 +502,9 @@ impl Task {
     fn reload(&mut self, record: SpriteRecord) {
         let event = Event::PolicyChanged { idle: record.idle, always_on: record.always_on };
         if let Some(parts) = &mut self.parts {
-            parts.record = Some(record);
+            parts.record = Some(record.clone());
         }
+        self.record = Some(record);
         self.plan_wake();
         self.step(event);
         self.publish();
@@ -449,8 +521,7 @@ impl Task {
 
     /// The next time the record says to wake; times that are past are over.
     fn plan_wake(&mut self) {
-        let record = self.parts.as_ref().and_then(|parts| parts.record.as_ref());
-        self.next_wake = record.and_then(|record| {
+        self.next_wake = self.record.as_ref().and_then(|record| {
             let now = jiff::Timestamp::now();
             let once = record.wake_at.iter().copied().filter(|at| *at > now).min();
             let delay = once.and_then(|at| Duration::try_from(at.duration_since(now)).ok());
@@ -482,7 +553,9 @@ impl Task {
     }
 
     fn restart_environment(&self) {
-        let Some(agent) = self.parts.as_ref().and_then(|parts| parts.process.as_ref()).map(|process| process.agent.clone()) else {
+        let Some(agent) =
+            self.parts.as_ref().and_then(|parts| parts.process.as_ref()).map(|process| process.agent.clone())
+        else {
             return;
         };
         tokio::spawn(async move {
@@ -506,13 +579,13 @@ impl Task {
     }
 
     /// The control channel broke although QEMU lives: a new connection, or the VM is of no use.
-    async fn agent_gone(&mut self, pid: i32) {
-        if !self.owns(pid) || *self.vm.state() != State::Running {
+    async fn agent_gone(&mut self, session: u64) {
+        let Some(process) = self.parts.as_mut().and_then(|parts| parts.process.as_mut()) else { return };
+        if process.agent.number() != session || *self.vm.state() != State::Running {
             return;
         }
-        let Some(process) = self.parts.as_mut().and_then(|parts| parts.process.as_mut()) else { return };
         match process.reconnect().await {
-            Ok(()) => self.watch_process(),
+            Ok(()) => self.watch_process(Settled::Running),
             Err(error) => {
                 tracing::warn!(sprite = %self.id(), error = chain(&error), "the guest agent does not come back");
                 self.drop_process("the agent inside its VM does not answer any more").await;
@@ -540,22 +613,44 @@ impl Task {
     }
 
     /// Tells this task when the process or the control channel ends, and what the guest reports.
-    fn watch_process(&mut self) {
+    ///
+    /// What ended while a change was under way was told in vain, so it is watched once more.
+    fn watch_process(&mut self, settled: Settled) {
         let Some(process) = self.parts.as_ref().and_then(|parts| parts.process.as_ref()) else { return };
         let Some(own) = self.own.upgrade() else { return };
-        watch_process(process, own, Arc::clone(&self.resources));
+        if self.watched.process != process.note.process || process.process.has_ended() {
+            self.watched.process = process.note.process;
+            tokio::spawn(watch_end(Arc::clone(&process.process), own.clone()));
+        }
+        let session = process.agent.number();
+        let closed = process.agent.is_closed();
+        // One that stands still and was never met is met when it runs again.
+        if (closed && settled == Settled::Running) || (!closed && self.watched.session != Some(session)) {
+            self.watched.session = Some(session);
+            let (resources, sprite, agent) = (Arc::clone(&self.resources), process.note.sprite, process.agent.clone());
+            tokio::spawn(async move {
+                crate::inside::serve(&resources, sprite, agent, &own).await;
+                // The owner may be gone; then nobody cares.
+                drop(own.send(Command::AgentGone { session }).await);
+            });
+        }
     }
 
     fn begin_preserving(&mut self) {
         let Some(parts) = &self.parts else { return };
-        let (Some(image), Some(volume)) = (parts.image.clone(), parts.volume.clone()) else { return };
+        let (Some(Image::Local(image)), Some(volume)) = (parts.image.clone(), parts.volume.clone()) else { return };
         let resources = Arc::clone(&self.resources);
         self.preserving = Some(tokio::spawn(preserve::preserve(resources, image, volume)));
     }
 
     fn preserved(&mut self, preserved: Result<Preserved, tokio::task::JoinError>) {
         let Ok(preserved) = preserved else { return };
-        let (done, waiting): (Vec<_>, Vec<_>) = self.sleeping.drain(..).partition(|order| order.depth <= Depth::Suspended);
+        if preserved.bucket.is_some() {
+            let volume = self.parts.as_mut().and_then(|parts| parts.volume.take());
+            self.releasing = volume.map(|volume| tokio::spawn(preserve::give_up(volume)));
+        }
+        let (done, waiting): (Vec<_>, Vec<_>) =
+            self.sleeping.drain(..).partition(|order| order.depth <= Depth::Suspended);
         self.sleeping = waiting;
         for order in done {
             let before = order.begun.elapsed().saturating_sub(preserved.total);
@@ -563,8 +658,12 @@ impl Task {
                 frozen: order.frozen,
                 local: before + preserved.local,
                 bucket: preserved.bucket.map_or(Duration::ZERO, |bucket| before + bucket),
+                not_preserved: preserved.error.clone(),
             };
-            send(order.reply, preserved.error.clone().map_or(Ok(report), |error| Err(OrderError::Failed(error))));
+            send(order.reply, Ok(report));
+        }
+        if let Some(error) = preserved.error {
+            self.status.send_modify(|status| push_event(status, format!("its memory is not safe everywhere: {error}")));
         }
         self.publish();
     }
@@ -574,6 +673,9 @@ impl Task {
             && let Ok((parts, _)) = under_way.await
         {
             self.parts = Some(parts);
+        }
+        if let Some(releasing) = self.releasing.take() {
+            drop(releasing.await);
         }
         if let Some(volume) = self.parts.as_ref().and_then(|parts| parts.volume.clone()) {
             volume.close().await;
@@ -653,21 +755,10 @@ fn push_event(status: &mut SpriteStatus, event: String) {
     status.events.drain(..surplus);
 }
 
-/// Watchers of one process; they end by themselves with it.
-fn watch_process(process: &VmProcess, own: mpsc::Sender<Command>, resources: Arc<Resources>) {
-    let pid = process.process.pid();
-    let (handle, sender) = (Arc::clone(&process.process), own.clone());
-    tokio::spawn(async move {
-        handle.ended().await;
-        // The owner may be gone; then nobody cares.
-        drop(sender.send(Command::ProcessEnded { pid }).await);
-    });
-    let agent = process.agent.clone();
-    let sprite = process.note.sprite;
-    tokio::spawn(async move {
-        crate::inside::serve(&resources, sprite, agent, &own).await;
-        drop(own.send(Command::AgentGone { pid }).await);
-    });
+async fn watch_end(process: Arc<Process>, own: mpsc::Sender<Command>) {
+    process.ended().await;
+    // The owner may be gone; then nobody cares.
+    drop(own.send(Command::ProcessEnded { pid: process.pid() }).await);
 }
 
 /// Waits for a task that may not be there; then for ever.

@@ -85,6 +85,51 @@ fn a_dead_process_is_booted_by_the_next_request_only() {
 }
 
 #[test]
+fn a_wake_that_finds_no_room_is_over_until_the_next_request() {
+    let start = Instant::now();
+    let mut vm = Vm::new(Settled::Suspended, IdlePolicy::default(), false, start);
+    assert_eq!(vm.step(Event::Used, start), Ok(Some(Change::Resume)));
+    assert_eq!(vm.step(Event::Settled(Settled::Suspended), at(start, 1)), Ok(None), "whoever waited was told");
+    vm.step(Event::Released, at(start, 1)).unwrap();
+    assert_eq!(vm.step(Event::Used, at(start, 2)), Ok(Some(Change::Resume)));
+}
+
+#[test]
+fn always_on_tries_again_without_spinning() {
+    let start = Instant::now();
+    let mut vm = Vm::new(Settled::Cold, IdlePolicy::default(), true, start);
+    assert_eq!(vm.step(Event::Tick, start), Ok(Some(Change::Boot)));
+    assert_eq!(vm.step(Event::Settled(Settled::Cold), at(start, 1)), Ok(None));
+    assert_eq!(vm.deadline(), Some(at(start, 11)));
+    assert_eq!(vm.step(Event::Tick, at(start, 10)), Ok(None));
+    assert_eq!(vm.step(Event::Tick, at(start, 11)), Ok(Some(Change::Boot)));
+    vm.step(Event::Settled(Settled::Running), at(start, 12)).unwrap();
+    assert_eq!(vm.step(Event::ProcessDied, at(start, 13)), Ok(None));
+    assert_eq!(vm.step(Event::Tick, at(start, 23)), Ok(Some(Change::Boot)));
+}
+
+#[test]
+fn sleep_by_order_deepens_with_time_unless_the_policy_is_never() {
+    let start = Instant::now();
+    let mut vm = running(start);
+    assert_eq!(vm.step(Event::SleepOrdered(Depth::Paused), start), Ok(Some(Change::Pause)));
+    vm.step(Event::Settled(Settled::Paused), start).unwrap();
+    assert_eq!(vm.step(Event::Tick, at(start, 30)), Ok(Some(Change::Suspend)));
+    let idle = IdlePolicy { pause_after_ms: None, ..IdlePolicy::default() };
+    let mut vm = Vm::new(Settled::Suspended, idle, false, start);
+    assert_eq!(vm.deadline(), None);
+    assert_eq!(vm.step(Event::Tick, at(start, 1_000_000)), Ok(None));
+}
+
+/// A deadline in the past that changes nothing would make the owner task spin.
+fn assert_no_spin(vm: &mut Vm, now: Instant) -> Option<Change> {
+    let due = vm.deadline().is_some_and(|at| at <= now);
+    let change = vm.step(Event::Tick, now).ok().flatten();
+    assert!(!due || change.is_some(), "a past deadline without a change: {vm:?}");
+    change
+}
+
+#[test]
 fn only_one_restore_waits() {
     let start = Instant::now();
     let mut vm = running(start);
@@ -100,7 +145,8 @@ fn only_one_restore_waits() {
 fn outcomes(change: &Change) -> Vec<Settled> {
     match change {
         Change::Pause => vec![Settled::Paused, Settled::Running, Settled::Failed],
-        Change::Unpause | Change::Boot | Change::Reboot | Change::Resume => vec![Settled::Running, Settled::Failed],
+        Change::Unpause | Change::Boot | Change::Reboot => vec![Settled::Running, Settled::Cold, Settled::Failed],
+        Change::Resume => vec![Settled::Running, Settled::Suspended, Settled::Cold, Settled::Failed],
         Change::Suspend => vec![Settled::Suspended, Settled::Running, Settled::Failed],
         Change::GoCold => vec![Settled::Cold, Settled::Suspended, Settled::Failed],
         Change::Restore { .. } => vec![Settled::Running, Settled::Cold, Settled::Failed],
@@ -172,6 +218,7 @@ proptest! {
                 Err(refused) => prop_assert!(refused == Refused::Destroyed || refused == Refused::JobPending),
             }
             prop_assert!(before != State::Destroyed || *vm.state() == State::Destroyed);
+            under_way = under_way.or(assert_no_spin(&mut vm, now));
         }
         // A new request brings it up within a few successful changes, unless it is to be destroyed.
         let mut change = under_way;
