@@ -422,7 +422,7 @@ mod tests {
             for request in requests {
                 request.encode(&mut stream);
                 let payload = match request.command {
-                    Command::Write => Bytes::from(vec![request.cookie as u8; request.len_bytes as usize]),
+                    Command::Write => Bytes::from(vec![request.cookie.to_le_bytes()[0]; request.len_bytes as usize]),
                     _ => Bytes::new(),
                 };
                 stream.extend_from_slice(&payload);
@@ -456,7 +456,7 @@ mod tests {
             let reply = match kind {
                 0 => Reply::Done,
                 1 => Reply::Data { offset: 7, bytes: vec![1; len].into() },
-                2 => Reply::Hole { offset: 7, len_bytes: len as u32 },
+                2 => Reply::Hole { offset: 7, len_bytes: u32::try_from(len).unwrap() },
                 3 => Reply::Status(vec![StatusExtent { len_bytes: 1, hole: true }; len % 50 + 1]),
                 _ => Reply::Failed(Errno::Io),
             };

@@ -282,7 +282,7 @@ mod tests {
 
         #[test]
         fn names_come_through(name in "[a-z0-9-]{0,40}", infos in vec(any::<u16>(), 0..5)) {
-            let mut rest = (infos.len() as u16).to_be_bytes().to_vec();
+            let mut rest = u16::try_from(infos.len()).unwrap().to_be_bytes().to_vec();
             rest.extend(infos.iter().flat_map(|info| info.to_be_bytes()));
             let parsed = ClientOption::parse(7, &with_name(&name, &rest));
             let wants_name = infos.contains(&INFO_NAME);

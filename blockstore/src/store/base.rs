@@ -69,7 +69,7 @@ async fn import(
     let unreadable = |source| BaseError::Image { path: image.to_owned(), source };
     let file = Arc::new(File::open(image).map_err(unreadable)?);
     let size_bytes = file.metadata().map_err(unreadable)?.len();
-    if size_bytes < 4096 || size_bytes > DISK_BYTES_MAX {
+    if !(4096..=DISK_BYTES_MAX).contains(&size_bytes) {
         return Err(BaseError::BadSize { path: image.to_owned(), size_bytes });
     }
     let listed = Arc::clone(&file);

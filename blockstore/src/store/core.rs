@@ -24,6 +24,8 @@ use super::{
 
 /// Frozen layers of one volume; a seal waits for a push when there are so many. Each costs every read a look-up.
 pub(super) const LAYERS_MAX: usize = 64;
+/// Bytes written into one layer.
+const LAYER_BYTES_MAX: u64 = 256 << 20;
 /// Longest delay of one write while a push lags (ruling 7).
 const DELAY_MAX: Duration = Duration::from_millis(250);
 /// Share of the journal's quota from which on writes are slowed down even if the bucket is away.
@@ -180,6 +182,13 @@ impl Core {
         }
         let frozen = Frozen { layer, lsn: self.lsn, cut_unix_ms, size_bytes: self.size_bytes, checkpoint };
         self.frozen.push_back(Arc::new(frozen));
+    }
+
+    /// Cuts a layer that has become large while pushes wait, so that a push that fails has not that much to repeat.
+    pub(super) fn bound_layer(&mut self) {
+        if self.active.dirty_bytes >= LAYER_BYTES_MAX && self.frozen.len() < LAYERS_MAX / 2 {
+            self.freeze(None);
+        }
     }
 
     fn cut_lsn(&self) -> Lsn {

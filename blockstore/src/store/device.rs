@@ -318,6 +318,7 @@ impl Device {
                 Record::Checkpoint { .. } => core.lsn = Lsn(*lsn),
             }
         }
+        core.bound_layer();
         Ok(appended.len())
     }
 
@@ -368,8 +369,8 @@ impl Device {
 
     /// Cuts the disk here, on the local disk when it returns.
     pub(super) async fn seal(self: &Arc<Self>, meta: CheckpointMeta) -> Result<KeptCheckpoint, VolumeError> {
-        let sealed = self.submit(JobRecord::Seal(meta)).await.map_err(|error| Self::volume_error(error))?;
-        self.flush().await.map_err(|error| Self::volume_error(error))?;
+        let sealed = self.submit(JobRecord::Seal(meta)).await.map_err(Self::volume_error)?;
+        self.flush().await.map_err(Self::volume_error)?;
         sealed.ok_or(VolumeError::Closed)
     }
 

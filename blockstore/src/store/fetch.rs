@@ -18,7 +18,7 @@ use super::{
     page::{Leaf, Page},
     types::{Limits, VolumeError},
 };
-use crate::bucket::{Bucket, Retry};
+use crate::bucket::{Bucket, BucketError, Retry};
 
 /// Requests for data to the bucket, of all volumes together.
 const REQUESTS_MAX: usize = 32;
@@ -32,6 +32,8 @@ const BACKOFF_FIRST: Duration = Duration::from_millis(50);
 const BACKOFF_MAX: Duration = Duration::from_secs(5);
 /// Reads of damaged or missing data until it is called lost.
 const PROOFS: u32 = 3;
+/// Answers cut short until the object itself is taken to be.
+const SHORT_ANSWERS_MAX: u32 = 20;
 
 /// Shared by all volumes of a store.
 pub(super) struct Fetcher {
@@ -39,9 +41,12 @@ pub(super) struct Fetcher {
     cache: Arc<DiskCache>,
     chunks: Mutex<Lru<(PackId, u32), Bytes>>,
     pages: Mutex<Lru<[u8; 32], Arc<Page>>>,
-    flights: Mutex<HashMap<(PackId, u32), Weak<AsyncMutex<()>>>>,
+    flights: Mutex<Flights>,
     requests: Semaphore,
 }
+
+/// Requests under way, by part of a pack.
+type Flights = HashMap<(PackId, u32), Weak<AsyncMutex<()>>>;
 
 /// Stored bytes to get, and how to know them.
 #[derive(Clone, Copy)]
@@ -163,12 +168,12 @@ impl Fetcher {
         flight
     }
 
-    async fn request(&self, wanted: Wanted, ahead: Vec<Wanted>) -> Result<Bytes, VolumeError> {
+    async fn request(&self, wanted: Wanted, mut ahead: Vec<Wanted>) -> Result<Bytes, VolumeError> {
         let Place { pack, offset, len } = wanted.place;
-        let end = ahead.last().map_or(offset + len, |last| last.place.offset + last.place.len);
         let key = pack.key();
-        let (mut failures, mut proofs) = (0, 0);
+        let (mut failures, mut short, mut proofs) = (0, 0, 0);
         loop {
+            let end = ahead.last().map_or(offset + len, |last| last.place.offset + last.place.len);
             let read = {
                 // Never closed.
                 let _permit = self.requests.acquire().await;
@@ -181,14 +186,19 @@ impl Fetcher {
                 }
                 Ok(_) => "its hash is wrong".to_owned(),
                 Err(error) if error.retry() == Retry::Never => error.to_string(),
+                // A connection that was cut, or an object that is too short: only time tells.
+                Err(error @ BucketError::Truncated { .. }) if short >= SHORT_ANSWERS_MAX => error.to_string(),
                 Err(error) => {
+                    short += u32::from(matches!(error, BucketError::Truncated { .. }));
                     failures += 1;
+                    ahead.clear();
                     tracing::warn!(key, %error, failures, "waiting for the bucket");
                     tokio::time::sleep(backoff(failures)).await;
                     continue;
                 }
             };
             proofs += 1;
+            ahead.clear();
             if proofs >= PROOFS {
                 tracing::error!(key, offset, len, why, "data in the bucket is lost");
                 return Err(damaged(wanted.place, &why));

@@ -385,7 +385,8 @@ impl Shared {
         let journal = folder.join("journal");
         let read = blocking(move || {
             if !ours && folder.exists() {
-                fs::rename(&folder, &lost)?;
+                let unpushed = fs::read_dir(folder.join("journal")).is_ok_and(|mut files| files.next().is_some());
+                if unpushed { fs::rename(&folder, &lost)? } else { fs::remove_dir_all(&folder)? }
             }
             scan(&folder.join("journal"), &pool, *id.uuid().as_bytes(), pushed)
         });

@@ -32,6 +32,8 @@ use crate::bucket::{Bucket, Record, RecordError};
 pub(super) const COMMANDS_MAX: usize = 64;
 /// A cut of more bytes is announced in the head before it is pushed, so that its loss would be known (ruling 8).
 const ANNOUNCE_BYTES: u64 = 4 << 20;
+/// A bucket that takes less is away.
+const SLOWEST_BYTES_PER_S: u64 = 4 << 20;
 /// CAS attempts of one change against our own earlier, unanswered ones.
 const COMMIT_ATTEMPTS: u32 = 4;
 
@@ -220,6 +222,8 @@ impl Owner {
 
     /// Pushes until the bucket has everything up to `target` (or all there is), for at most `limit`.
     async fn push_to(&mut self, target: Lsn, limit: Duration) -> Result<(), VolumeError> {
+        // A single push of everything has to fit in, or it would begin again and again.
+        let limit = limit + Duration::from_secs(self.device.core().status().unpushed_bytes / SLOWEST_BYTES_PER_S);
         let deadline = Instant::now() + limit;
         loop {
             {

@@ -101,6 +101,10 @@ impl Drop for Segment {
     }
 }
 
+fn sync_folder(path: &Path) -> io::Result<()> {
+    File::open(path)?.sync_all()
+}
+
 pub(super) fn segment_path(journal: &Path, number: u64) -> PathBuf {
     journal.join(format!("{number}.seg"))
 }
@@ -185,7 +189,11 @@ impl SegmentPool {
         };
         file.write_all_at(&header.encode(), 0)?;
         file.sync_data()?;
-        File::open(journal)?.sync_all()?;
+        sync_folder(journal)?;
+        if header.number == 1 {
+            // The volume's folder is as new as its first file.
+            journal.ancestors().skip(1).take(2).try_for_each(sync_folder)?;
+        }
         Ok(Segment::found(self, file, header))
     }
 

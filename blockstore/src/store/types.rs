@@ -56,7 +56,7 @@ pub struct Limits {
     pub chunks_in_ram: usize,
     /// Manifest pages in RAM, of all volumes.
     pub pages_in_ram: usize,
-    /// How long an order (release, restore, publish) tries before it says that the bucket is away.
+    /// How long an order (release, restore, publish) tries before it says that the bucket is away; longer where much is to be pushed.
     pub order: Duration,
 }
 
@@ -73,7 +73,7 @@ impl Default for Limits {
             cache_bytes: 20 << 30,
             chunks_in_ram: 1024,
             pages_in_ram: 8192,
-            order: Duration::from_secs(60),
+            order: Duration::from_secs(30),
         }
     }
 }

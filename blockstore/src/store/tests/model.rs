@@ -71,7 +71,6 @@ struct Model {
     synced: usize,
     pushed: usize,
     checkpoints: Vec<(String, Vec<u8>)>,
-    durable: usize,
     base: Option<String>,
     sealed: u32,
 }
@@ -94,7 +93,6 @@ impl Model {
     fn all_pushed(&mut self) {
         self.all_synced();
         self.pushed = self.synced;
-        self.durable = self.checkpoints.len();
     }
 
     /// The volume is found with this content, and must be in a state at or after `floor`.
@@ -107,13 +105,41 @@ impl Model {
     }
 }
 
-async fn run(steps: Vec<Step>) {
-    let mut site = Site::new(Limits { push_bytes: 1 << 40, ..small_limits() }).await;
+/// Steps with more than one outcome.
+impl Model {
+    async fn restore(&mut self, volume: &Volume, which: usize) {
+        let Some((id, content)) = self.checkpoints.get(which % self.checkpoints.len().max(1)).cloned() else {
+            assert!(matches!(volume.restore("v1").await, Err(CheckpointError::Unknown { .. })));
+            return;
+        };
+        volume.restore(&id).await.unwrap();
+        self.states = vec![content];
+        self.base = Some(id);
+        self.all_pushed();
+    }
+
+    async fn delete(&mut self, volume: &Volume, which: usize) {
+        let Some(at) = which.checked_rem(self.checkpoints.len()) else { return };
+        let id = self.checkpoints[at].0.clone();
+        let deleted = volume.delete_checkpoint(&id).await;
+        if self.base.as_ref() == Some(&id) {
+            assert!(matches!(deleted, Err(CheckpointError::CurrentBase { .. })));
+        } else {
+            deleted.unwrap();
+            self.checkpoints.remove(at);
+        }
+    }
+}
+
+async fn run(steps: Vec<Step>, by_itself: bool) {
+    // By itself the volume pushes all the time, else only when told.
+    let push_age = Duration::from_millis(if by_itself { 1 } else { 1 << 40 });
+    let limits = Limits { push_bytes: 1 << 40, push_age, ..small_limits() };
+    let mut site = Site::new(limits).await;
     let mut volume = site.volume(SIZE).await;
     let id = volume.id();
     let zeros = vec![0; usize::try_from(SIZE).unwrap()];
-    let mut model =
-        Model { states: vec![zeros], synced: 0, pushed: 0, checkpoints: vec![], durable: 0, base: None, sealed: 0 };
+    let mut model = Model { states: vec![zeros], synced: 0, pushed: 0, checkpoints: vec![], base: None, sealed: 0 };
     for step in steps {
         let index = |at: u64| usize::try_from(at).unwrap();
         match step {
@@ -152,27 +178,8 @@ async fn run(steps: Vec<Step>) {
                 volume.wait_durable(&model.checkpoints.last().unwrap().0).await.unwrap();
                 model.all_pushed();
             }
-            Step::Restore { which } => {
-                let Some((id, content)) = model.checkpoints.get(which % model.checkpoints.len().max(1)).cloned() else {
-                    assert!(matches!(volume.restore("v1").await, Err(CheckpointError::Unknown { .. })));
-                    continue;
-                };
-                volume.restore(&id).await.unwrap();
-                model.states = vec![content];
-                (model.synced, model.pushed, model.base) = (0, 0, Some(id));
-                model.durable = model.checkpoints.len();
-            }
-            Step::Delete { which } => {
-                let Some(at) = which.checked_rem(model.checkpoints.len()) else { continue };
-                let id = model.checkpoints[at].0.clone();
-                let deleted = volume.delete_checkpoint(&id).await;
-                if model.base.as_ref() == Some(&id) {
-                    assert!(matches!(deleted, Err(CheckpointError::CurrentBase { .. })));
-                } else {
-                    deleted.unwrap();
-                    model.checkpoints.remove(at);
-                }
-            }
+            Step::Restore { which } => model.restore(&volume, which).await,
+            Step::Delete { which } => model.delete(&volume, which).await,
             Step::Crash { power } => {
                 site.crash(volume, power).await;
                 volume = site.store().acquire(id).await.unwrap();
@@ -218,9 +225,9 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 40, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn a_volume_is_an_array_of_bytes_with_checkpoints(steps in proptest::collection::vec(step(), 1..40)) {
+    fn a_volume_is_an_array_of_bytes_with_checkpoints(steps in proptest::collection::vec(step(), 1..40), by_itself: bool) {
         tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap().block_on(async {
-            tokio::time::timeout(Duration::from_secs(60), run(steps)).await.expect("no step hangs");
+            tokio::time::timeout(Duration::from_secs(60), run(steps, by_itself)).await.expect("no step hangs");
         });
     }
 }
