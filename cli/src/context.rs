@@ -36,7 +36,7 @@ impl Context {
     }
 
     pub(crate) fn org(&self) -> Option<&str> {
-        self.globals.org.as_deref()
+        self.globals.org.as_deref().filter(|org| !org.is_empty())
     }
 
     /// SPRITES_API_URL, else where the user last logged in.

@@ -41,7 +41,6 @@ use failure::{BROKEN_PIPE, Failure};
 #[command(
     name = "sprite",
     version,
-    propagate_version = true,
     max_term_width = 100,
     after_help = "\
 Examples:

@@ -37,9 +37,10 @@ use crate::{
     failure::{BROKEN_PIPE, Failure, chain},
     frames::{self, Info, Said},
     output,
+    sprite::about,
     target::Target,
     terminal::{self, RawMode, ScreenWatch},
-    websocket::{PING_EVERY, SILENCE_MAX, Socket},
+    websocket::{PING_EVERY, SILENCE_MAX, Socket, goodbye},
 };
 
 /// Pieces of stdin that were read and are not sent yet.
@@ -87,7 +88,7 @@ impl<'a> Session<'a> {
     /// Starts a command or attaches (`target` says which), waking the sprite.
     pub(crate) async fn open(api: &'a Api, sprite: &'a str, target: &Target) -> Result<Self, Failure> {
         output::with_spinner(format!("waking {sprite}"), async {
-            let mut socket = api.websocket(target).await?;
+            let mut socket = api.websocket(target).await.map_err(about(sprite))?;
             let info = tokio::time::timeout(SILENCE_MAX, first_frame(&mut socket)).await;
             let info = info
                 .unwrap_or_else(|_elapsed| Err(Failure::new(format!("{sprite} does not say which session this is"))))?;
@@ -127,7 +128,7 @@ impl<'a> Session<'a> {
         if ended == Ended::OutputGone {
             drop(tokio::time::timeout(CLOSE_LIMIT, sink.send(frames::signal("SIGPIPE"))).await);
         }
-        drop(tokio::time::timeout(CLOSE_LIMIT, sink.close()).await);
+        drop(tokio::time::timeout(CLOSE_LIMIT, sink.send(goodbye())).await);
         drop(raw);
         conclude(ended, sprite, &info)
     }
@@ -267,7 +268,9 @@ async fn write(
             piece = stdin.recv(), if stdin_open => match piece {
                 Some((_, Message::Binary(typed))) if keys && terminal::detach_key(&typed).is_some() => {
                     let before = typed.slice(..terminal::detach_key(&typed).unwrap_or(0));
-                    drop(sink.send(Message::Binary(before)).await);
+                    if !before.is_empty() {
+                        drop(sink.send(Message::Binary(before)).await);
+                    }
                     return Some(Ended::Detached);
                 }
                 Some((len, message)) => {

@@ -87,8 +87,8 @@ pub(crate) fn show_bytes(bytes: u64) -> String {
     let Some((shift, unit)) = units.into_iter().find(|(shift, _)| bytes >> shift > 0) else {
         return format!("{bytes} B");
     };
-    let tenths = ((u128::from(bytes) * 10) >> shift) % 10;
-    let whole = bytes >> shift;
+    let all_tenths = ((u128::from(bytes) * 10) + (1 << (shift - 1))) >> shift;
+    let (whole, tenths) = (all_tenths / 10, all_tenths % 10);
     if tenths == 0 || whole >= 100 { format!("{whole} {unit}") } else { format!("{whole}.{tenths} {unit}") }
 }
 
@@ -187,8 +187,9 @@ mod tests {
         }
         assert_eq!(show_bytes(100 << 30), "100 GiB");
         assert_eq!(show_bytes((1 << 30) + (1 << 29)), "1.5 GiB");
+        assert_eq!(show_bytes(1_503_238_553), "1.4 GiB");
         assert_eq!(show_bytes(512), "512 B");
-        assert_eq!(show_bytes(u64::MAX), "16777215 TiB");
+        assert_eq!(show_bytes(u64::MAX), "16777216 TiB");
     }
 
     #[test]

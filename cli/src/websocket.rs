@@ -8,8 +8,9 @@ use hyper_util::rt::TokioIo;
 use tokio_tungstenite::{
     WebSocketStream,
     tungstenite::{
+        Message, Utf8Bytes,
         handshake::{client::generate_key, derive_accept_key},
-        protocol::{Role, WebSocketConfig},
+        protocol::{CloseFrame, Role, WebSocketConfig, frame::coding::CloseCode},
     },
 };
 
@@ -31,6 +32,11 @@ pub(crate) const SILENCE_MAX: Duration = Duration::from_secs(45);
 /// A sprite on the move is worth waiting for; the request was not carried out.
 const RETRIES_MAX: u32 = 4;
 const RETRY_AFTER_MAX: Duration = Duration::from_secs(5);
+
+/// The regular end, with a status: some servers take none for a failure.
+pub(crate) fn goodbye() -> Message {
+    Message::Close(Some(CloseFrame { code: CloseCode::Normal, reason: Utf8Bytes::default() }))
+}
 
 impl Api {
     /// Opens a WebSocket. A 503 with `Retry-After` is tried again for a while.

@@ -21,7 +21,7 @@ use crate::{
     output,
     sprite::{self, about},
     target::Target,
-    websocket::{PING_EVERY, SILENCE_MAX, Socket},
+    websocket::{PING_EVERY, SILENCE_MAX, Socket, goodbye},
 };
 
 /// Connections at once; more wait until one ends.
@@ -241,7 +241,7 @@ async fn splice(
         done = here => done,
         () = there => Ok(()),
     };
-    drop(tokio::time::timeout(Duration::from_secs(1), sink.close()).await);
+    drop(tokio::time::timeout(Duration::from_secs(1), sink.send(goodbye())).await);
     done
 }
 
