@@ -24,7 +24,8 @@ pub(crate) fn run() -> ! {
         Ok(()) => (READY.to_owned(), 0),
         Err(error) => (error.to_string(), 1),
     };
-    drop(io::Write::write_all(&mut io::stdout(), answer.as_bytes()));
+    let mut stdout = io::stdout();
+    drop(io::Write::write_all(&mut stdout, answer.as_bytes()).and_then(|()| io::Write::flush(&mut stdout)));
     if let Err(error) = close_stdout() {
         log!("sprite-init cannot close its output: {error}");
         std::process::exit(1);
