@@ -1,0 +1,195 @@
+//! Create, list, get, update, destroy.
+
+use std::collections::BTreeMap;
+
+use axum::{body::Body, http::StatusCode, response::Response};
+use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
+use jiff::Timestamp;
+use proto::{
+    id::SpriteName,
+    record::{DISK_BYTES_DEFAULT, SizeClass, UrlAuth, UrlSettings},
+};
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::{Call, json_response, no_content, read_json};
+use crate::{
+    refusal::Refusal,
+    service::{IdleTimeout, NewSprite, PAGE_MAX, Update, WakeTimers, labels},
+    view::{SPRITES_PER_ORG_MAX, View, org_json},
+};
+
+/// A thin disk costs what is written; this only keeps numbers sane (ext4 with 4 KiB blocks ends at 16 TiB).
+const DISK_BYTES_MAX: u64 = 16 << 40;
+
+#[derive(Deserialize, Default)]
+struct UrlSettingsBody {
+    auth: Option<String>,
+    private_access: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct CreateBody {
+    name: Option<String>,
+    environment: Option<BTreeMap<String, String>>,
+    url_settings: Option<UrlSettingsBody>,
+    labels: Option<Vec<String>>,
+    wait_for_capacity: Option<bool>,
+    size: Option<String>,
+    disk_bytes: Option<u64>,
+    idle_timeout: Option<String>,
+    always_on: Option<bool>,
+}
+
+#[derive(Deserialize)]
+struct UpdateBody {
+    url_settings: Option<UrlSettingsBody>,
+    labels: Option<Vec<String>>,
+    clear_labels: Option<bool>,
+    idle_timeout: Option<String>,
+    always_on: Option<bool>,
+    wake_at: Option<Vec<String>>,
+    wake_every: Option<String>,
+    size: Option<Value>,
+    disk_bytes: Option<Value>,
+}
+
+pub(super) async fn create(call: &Call, body: Body) -> Result<Response, Refusal> {
+    let body: CreateBody = read_json(body).await?;
+    let url_settings = body.url_settings.unwrap_or_default();
+    let new = NewSprite {
+        name: body.name.unwrap_or_default().parse::<SpriteName>()?,
+        size: size(&body.size.unwrap_or_default())?,
+        disk_bytes: disk_bytes(body.disk_bytes)?,
+        labels: labels(body.labels.unwrap_or_default())?,
+        environment: body.environment.unwrap_or_default(),
+        url_settings: UrlSettings {
+            auth: url_settings.auth.as_deref().map_or(Ok(UrlAuth::Sprite), url_auth)?,
+            private_access: url_settings.private_access.as_deref().map(private_access).transpose()?,
+        },
+        idle_timeout: body.idle_timeout.as_deref().map(IdleTimeout::parse).transpose()?,
+        always_on: body.always_on.unwrap_or_default(),
+        wait_for_capacity: body.wait_for_capacity.unwrap_or_default(),
+    };
+    let view = call.service.create(call.org(), new).await?;
+    Ok(json_response(StatusCode::CREATED, &view.to_json()))
+}
+
+pub(super) async fn get(call: &Call, name: &str) -> Result<Response, Refusal> {
+    let view = call.service.get(call.org(), name).await?;
+    Ok(json_response(StatusCode::OK, &view.to_json()))
+}
+
+pub(super) async fn update(call: &Call, body: Body, name: &str) -> Result<Response, Refusal> {
+    let body: UpdateBody = read_json(body).await?;
+    if body.size.is_some() {
+        return Err(Refusal::Invalid("the size is chosen at create and cannot be changed".to_owned()));
+    }
+    if body.disk_bytes.is_some() {
+        return Err(Refusal::Invalid("the disk grows by POST …/resize (`sprite resize`)".to_owned()));
+    }
+    let url_settings = body.url_settings.unwrap_or_default();
+    let cleared = body.clear_labels.unwrap_or_default().then(Vec::new);
+    let wake = WakeTimers::parse(body.wake_at.as_deref(), body.wake_every.as_deref(), Timestamp::now())?;
+    let update = Update {
+        url_auth: url_settings.auth.as_deref().map(url_auth).transpose()?,
+        private_access: url_settings.private_access.as_deref().map(private_access).transpose()?,
+        labels: body.labels.map(labels).transpose()?.or(cleared),
+        idle_timeout: body.idle_timeout.as_deref().map(IdleTimeout::parse).transpose()?,
+        always_on: body.always_on,
+        wake,
+    };
+    let view = call.service.update(call.org(), name, update).await?;
+    Ok(json_response(StatusCode::OK, &view.to_json()))
+}
+
+pub(super) async fn destroy(call: &Call, name: &str) -> Result<Response, Refusal> {
+    call.service.destroy(call.org(), name).await?;
+    Ok(no_content())
+}
+
+pub(super) async fn list(call: &Call) -> Result<Response, Refusal> {
+    let prefix = call.query("prefix").unwrap_or_default();
+    // What is no number is taken as none: the dialect clamps, it does not refuse.
+    let limit = call.query("max_results").and_then(|text| text.parse().ok()).unwrap_or(PAGE_MAX);
+    let after = call
+        .query("continuation_token")
+        .filter(|token| !token.is_empty())
+        .map(|token| read_token(&token))
+        .transpose()?;
+    let listed = call.service.list(call.org(), &prefix, after.as_deref(), limit).await?;
+    let org = org_json(call.org(), listed.counts);
+    let mut body = json!({
+        "sprites": listed.sprites.iter().map(View::to_json).collect::<Vec<_>>(),
+        "has_more": listed.next.is_some(),
+        "next_continuation_token": listed.next.as_ref().map(token_after),
+    });
+    if let (Value::Object(body), Value::Object(counters)) = (&mut body, &org) {
+        body.extend(counters.clone());
+        body.insert("org".to_owned(), org);
+    }
+    Ok(json_response(StatusCode::OK, &body))
+}
+
+pub(super) async fn organization(call: &Call) -> Result<Response, Refusal> {
+    call.service.index().refresh(crate::index::AGE_MAX).await?;
+    let running = call.service.all(call.org(), "").into_iter().filter(|view| view.word() == "running");
+    let names: Vec<String> = running.map(|view| view.record.name.to_string()).collect();
+    let organization = json!({
+        "slug": call.org(),
+        "sprites_enabled": true,
+        "active_sprites": names,
+        "max_sprites": SPRITES_PER_ORG_MAX,
+        "active_sprite_limit": SPRITES_PER_ORG_MAX,
+    });
+    Ok(json_response(StatusCode::OK, &json!({ "organization": organization })))
+}
+
+/// Opaque to clients; pages stay right when sprites come and go in between.
+pub(crate) fn token_after(name: &SpriteName) -> String {
+    URL_SAFE_NO_PAD.encode(name.as_str())
+}
+
+/// The name that a page begins behind.
+pub(crate) fn read_token(token: &str) -> Result<String, Refusal> {
+    let name = URL_SAFE_NO_PAD.decode(token).ok().and_then(|bytes| String::from_utf8(bytes).ok());
+    let name = name.filter(|name| name.parse::<SpriteName>().is_ok());
+    name.ok_or_else(|| {
+        Refusal::Malformed(format!(
+            "continuation_token {token:?} is not one that a list gave; start from the first page"
+        ))
+    })
+}
+
+pub(crate) fn size(text: &str) -> Result<SizeClass, Refusal> {
+    text.parse().map_err(|error: proto::record::BadSize| Refusal::Invalid(error.to_string()))
+}
+
+fn disk_bytes(asked: Option<u64>) -> Result<u64, Refusal> {
+    match asked {
+        None => Ok(DISK_BYTES_DEFAULT),
+        Some(bytes) if bytes.is_multiple_of(1 << 20) && (DISK_BYTES_DEFAULT..=DISK_BYTES_MAX).contains(&bytes) => {
+            Ok(bytes)
+        }
+        Some(bytes) => Err(Refusal::Invalid(format!(
+            "a disk of {bytes} bytes is not whole MiB from 100 GiB to 16 TiB; it is thin, so only what is written costs"
+        ))),
+    }
+}
+
+fn url_auth(text: &str) -> Result<UrlAuth, Refusal> {
+    match text {
+        "sprite" => Ok(UrlAuth::Sprite),
+        "public" => Ok(UrlAuth::Public),
+        other => Err(Refusal::Invalid(format!("url_settings.auth {other:?} is neither sprite nor public"))),
+    }
+}
+
+fn private_access(text: &str) -> Result<String, Refusal> {
+    match text {
+        "admins" | "org_users" => Ok(text.to_owned()),
+        other => {
+            Err(Refusal::Invalid(format!("url_settings.private_access {other:?} is neither admins nor org_users")))
+        }
+    }
+}

@@ -1,0 +1,201 @@
+//! Making a sprite.
+//!
+//! ```text
+//!  check ─▶ label ─▶ name pending ─▶ node: a whole sprite, with `rec` ─▶ name claimed ─▶ 201
+//!                        │                      ├─ refused ─▶ name free
+//!                        │                      └─ no answer ─▶ did it leave a `rec`? then claimed, else the claim runs out
+//!                        └── crash: whoever looks after 60 s resolves the claim by the `rec` (`names`)
+//! ```
+
+use std::time::Duration;
+
+use blockstore::bucket::{Record, RecordError};
+use proto::{
+    id::{SpriteId, SpriteName},
+    record::{IdlePolicy, SpriteRecord},
+};
+use tokio::time::Instant;
+
+use super::{NewSprite, Service, settings};
+use crate::{
+    index::record_key,
+    names::{Claim, Claimed, NameEntry, RENEW_PERIOD, now},
+    node::CreateFailure,
+    refusal::{Refusal, chain},
+    view::{SPRITES_PER_ORG_MAX, View},
+};
+
+/// A create that may wait for room waits so long: the strictest client gives up after 30 s.
+const CAPACITY_WAIT: Duration = Duration::from_secs(25);
+const CAPACITY_PAUSE: Duration = Duration::from_secs(1);
+/// A quota may overshoot by what other coordinators made in so long (ruling 9).
+const QUOTA_AGE_MAX: Duration = Duration::from_secs(30);
+/// A name that is being freed is waited for by trying again.
+const CLAIM_ATTEMPTS: u32 = 3;
+
+impl Service {
+    /// Makes a sprite. Returns when commands can run in it.
+    pub(crate) async fn create(&self, org: &str, new: NewSprite) -> Result<View, Refusal> {
+        let (service, org) = (self.clone(), org.to_owned());
+        Self::detached(async move { service.create_here(&org, new).await }).await
+    }
+
+    async fn create_here(&self, org: &str, new: NewSprite) -> Result<View, Refusal> {
+        self.check_quota(org).await?;
+        let environment = settings::environment(new.environment.clone())?;
+        let mut claim = self.claim(org, &new.name).await?;
+        let made = self.make(org, &new, environment, &mut claim).await;
+        let (id, record) = match made {
+            Ok(made) => made,
+            Err(Failure::Nothing(refusal)) => {
+                if let Err(error) = self.0.names.release(claim).await {
+                    tracing::warn!(name = %new.name, "its name stays busy for a minute: {}", chain(&error));
+                }
+                return Err(refusal);
+            }
+            Err(Failure::Unclear(refusal)) => return Err(refusal),
+        };
+        if let Err(error) = self.0.names.settle(&claim, id).await {
+            // The record stays: whoever looks finds out whose the name is, and the sweep frees what has none.
+            return Err(match error {
+                RecordError::Conflict { .. } => Refusal::NameBusy { name: new.name.to_string() },
+                error => error.into(),
+            });
+        }
+        tracing::info!(sprite = %id, name = %new.name, org, "created");
+        self.index().put(record.clone());
+        Ok(self.view(record).await)
+    }
+
+    async fn check_quota(&self, org: &str) -> Result<(), Refusal> {
+        self.index().refresh(QUOTA_AGE_MAX).await?;
+        let counts = self.index().counts(org);
+        let current = counts.running + counts.warm + counts.cold;
+        if current >= SPRITES_PER_ORG_MAX {
+            return Err(Refusal::TooManySprites { current, max: SPRITES_PER_ORG_MAX });
+        }
+        Ok(())
+    }
+
+    /// Takes the name, out of the way of whatever a crash left on it.
+    async fn claim(&self, org: &str, name: &SpriteName) -> Result<Claim, Refusal> {
+        for _ in 0..CLAIM_ATTEMPTS {
+            let taken = match self.0.names.claim(org, name).await? {
+                Claimed::Ours(claim) => return Ok(claim),
+                Claimed::Taken(entry) => entry,
+            };
+            if !self.clear(org, name, &taken).await? {
+                let name = name.to_string();
+                return Err(match taken.value {
+                    NameEntry::Claimed { .. } => Refusal::NameTaken { name },
+                    NameEntry::Pending { .. } | NameEntry::Free { .. } => Refusal::NameBusy { name },
+                });
+            }
+        }
+        Err(Refusal::NameBusy { name: name.to_string() })
+    }
+
+    /// Ends what holds the name without a right to it. Says whether the name may be free now.
+    async fn clear(&self, org: &str, name: &SpriteName, taken: &Record<NameEntry>) -> Result<bool, Refusal> {
+        match &taken.value {
+            NameEntry::Free { .. } => Ok(true),
+            NameEntry::Pending { .. } if taken.value.is_abandoned(now()) => {
+                Ok(self.resolve(org, name, taken).await?.is_none())
+            }
+            NameEntry::Pending { .. } => Ok(false),
+            NameEntry::Claimed { id, since } => {
+                match self.0.bucket.read_record::<SpriteRecord>(&record_key(*id)).await? {
+                    Some(record) if !record.value.deleted => Ok(false),
+                    // A destroy that did not get to its end.
+                    Some(record) => self.finish_destroy(&record.value).await.map(|()| true),
+                    None => {
+                        self.0.names.free(org, name, *id, *since).await?;
+                        Ok(true)
+                    }
+                }
+            }
+        }
+    }
+
+    async fn make(
+        &self,
+        org: &str,
+        new: &NewSprite,
+        environment: settings::Environment,
+        claim: &mut Claim,
+    ) -> Result<(SpriteId, SpriteRecord), Failure> {
+        let oid = self.0.names.claim_label(org, &new.name).await.map_err(Failure::Nothing)?;
+        let mut idle = IdlePolicy::default();
+        if let Some(timeout) = new.idle_timeout {
+            idle.pause_after_ms = timeout.pause_after_ms();
+        }
+        let mut record = SpriteRecord {
+            // The node chooses it: it may have a whole sprite in stock.
+            id: SpriteId::generate(),
+            name: new.name.clone(),
+            org: org.to_owned(),
+            url: self.url(&new.name, &oid),
+            oid,
+            created_at: claim.since,
+            updated_at: claim.since,
+            size: new.size,
+            disk_bytes: new.disk_bytes,
+            labels: new.labels.clone(),
+            environment,
+            url_settings: new.url_settings.clone(),
+            idle,
+            always_on: new.always_on,
+            wake_at: Vec::new(),
+            wake_every_ms: None,
+            deleted: false,
+        };
+        record.id = self.make_at_node(&record, new.wait_for_capacity, claim).await?;
+        Ok((record.id, record))
+    }
+
+    /// Has the node make it, and keeps the claim alive meanwhile.
+    async fn make_at_node(&self, record: &SpriteRecord, wait: bool, claim: &mut Claim) -> Result<SpriteId, Failure> {
+        let give_up_at = Instant::now() + CAPACITY_WAIT;
+        loop {
+            let mut call = std::pin::pin!(self.node().create(record));
+            let answer = loop {
+                tokio::select! {
+                    answer = &mut call => break answer,
+                    () = tokio::time::sleep(RENEW_PERIOD) => {
+                        if let Err(error) = self.0.names.renew(claim).await {
+                            tracing::warn!(name = %record.name, "its claim cannot be renewed: {}", chain(&error));
+                        }
+                    }
+                }
+            };
+            match answer {
+                Ok(reply) => {
+                    return reply.sprite_id.parse().map_err(|error| {
+                        Failure::Unclear(Refusal::Failed(format!("the host named the new sprite strangely: {error}")))
+                    });
+                }
+                Err(CreateFailure::Refused(status)) => {
+                    let is_full = status.code() == tonic::Code::ResourceExhausted;
+                    if !(is_full && wait && Instant::now() < give_up_at) {
+                        return Err(Failure::Nothing(status.into()));
+                    }
+                    tokio::time::sleep(CAPACITY_PAUSE).await;
+                }
+                Err(CreateFailure::Unclear(status)) => {
+                    return match self.index().born(&record.org, &record.name, claim.since).await {
+                        Ok(Some(born)) => Ok(born.id),
+                        Ok(None) | Err(_) => Err(Failure::Unclear(status.into())),
+                    };
+                }
+            }
+        }
+    }
+}
+
+/// Why there is no new sprite.
+enum Failure {
+    /// Nothing was made.
+    Nothing(Refusal),
+    /// Something may have been, or may yet be: the claim has to stay until it runs out.
+    Unclear(Refusal),
+}
