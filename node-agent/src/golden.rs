@@ -10,7 +10,7 @@
 
 use std::{
     io,
-    os::fd::AsRawFd as _,
+    os::{fd::AsRawFd as _, unix::fs::PermissionsExt as _},
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -166,6 +166,8 @@ fn publish(work: &RunDir, folder: &Path) -> io::Result<()> {
     files::copy_sparse(&work.memory, &folder.join("memory"))?;
     std::fs::File::open(folder.join("memory"))?.sync_all()?;
     std::fs::copy(work.state(), folder.join("state.tmp"))?;
+    // QEMU made it for its own user; every VM's user has to read it.
+    std::fs::set_permissions(folder.join("state.tmp"), std::fs::Permissions::from_mode(0o644))?;
     std::fs::File::open(folder.join("state.tmp"))?.sync_all()?;
     files::sync_folder(folder)?;
     std::fs::rename(folder.join("state.tmp"), folder.join("state"))?;

@@ -308,8 +308,9 @@ async fn over_http_each_chunk_is_one_frame() {
     let request = format!("POST /v1/sprites/x/exec?cmd=cat&stdin=true HTTP/1.1\n{head}content-length: 5\n\nhello");
     let (_, body) = node.http(&request).await;
     assert_eq!(body, b"6\r\n\x01hello\r\n2\r\n\x03\x00\r\n0\r\n\r\n");
-    let request = format!("POST /v1/sprites/x/exec?cmd=vanish HTTP/1.1\n{head}content-length: 0\n\n");
+    let request = format!("POST /v1/sprites/x/exec?cmd=half-then-vanish HTTP/1.1\n{head}content-length: 0\n\n");
     let (_, body) = node.http(&request).await;
+    assert!(body.starts_with(b"5\r\n\x01half\r\n"), "{body:?}");
     assert!(!body.ends_with(b"0\r\n\r\n"), "a part must not look like the whole: {body:?}");
     node.await_released().await;
 }

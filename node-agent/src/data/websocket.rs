@@ -103,5 +103,8 @@ pub(super) async fn close(mut output: Output, mut input: Input, code: u16, reaso
         let drained = async { while let Some(Ok(_discarded)) = input.next().await {} };
         // A client that does not answer is left.
         drop(tokio::time::timeout(CLOSE_LIMIT, drained).await);
+    } else {
+        // The client was first, or is gone: its Close has an answer that has not been sent yet.
+        drop(tokio::time::timeout(CLOSE_LIMIT, output.sink.close()).await);
     }
 }

@@ -387,16 +387,18 @@ pub(crate) async fn start_environment(agent: &AgentClient) -> Result<(), GuestEr
 
 /// To the disk only. By way of suspended, so that a bucket that cannot be reached costs nothing.
 async fn go_cold(resources: &Resources, parts: &mut Parts, why: String) -> Outcome {
+    let mut frozen = None;
     if parts.process.is_some() {
         let suspended = suspend(parts, why.clone()).await;
         if suspended.settled != Settled::Suspended {
             return suspended;
         }
+        frozen = suspended.frozen;
     }
     if let Err(why) = give_up_disk(resources, parts).await {
         let reason = format!("cannot push its disk to the bucket: {why}; it stays suspended");
         tracing::warn!(sprite = %parts.id, reason);
-        return Outcome { error: Some(reason.clone()), ..Outcome::new(Settled::Suspended, reason) };
+        return Outcome { error: Some(reason.clone()), frozen, ..Outcome::new(Settled::Suspended, reason) };
     }
     parts.volume = None;
     parts.image = None;
@@ -404,7 +406,7 @@ async fn go_cold(resources: &Resources, parts: &mut Parts, why: String) -> Outco
     if let Err(error) = blocking(move || if run.folder.exists() { run.drop_image() } else { Ok(()) }).await {
         tracing::warn!(sprite = %parts.id, %error, "cannot remove the suspended image");
     }
-    Outcome::new(Settled::Cold, why)
+    Outcome { frozen, ..Outcome::new(Settled::Cold, why) }
 }
 
 /// Everything to the bucket, no memory, no owner.

@@ -93,6 +93,11 @@ async fn play(argv: Vec<String>, mut inputs: Streaming<ExecInput>, to: mpsc::Sen
             send(Output::Exit(0)).await;
         }
         "vanish" => {}
+        "half-then-vanish" => {
+            send(Output::Stdout(Bytes::from_static(b"half"))).await;
+            // So that it is on the wire before the break, which takes away what is not.
+            tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+        }
         "endless" => {
             let block = Bytes::from(vec![b'x'; 64 << 10]);
             while send(Output::Stdout(block.clone())).await {}
