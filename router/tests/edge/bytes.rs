@@ -245,7 +245,7 @@ async fn every_chunk_of_an_exec_arrives_as_one_chunk() {
             let (mut stream, _) = listener.accept().await.unwrap();
             let mut request = vec![0; 4096];
             assert!(stream.read(&mut request).await.unwrap() > 0);
-            for piece in answer.chunks(if piece_len == 1 { 1 } else { piece_len }) {
+            for piece in answer.chunks(piece_len) {
                 stream.write_all(piece).await.unwrap();
                 tokio::task::yield_now().await;
             }
