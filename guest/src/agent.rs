@@ -132,7 +132,9 @@ impl Agent {
             identity::write_files(&identity, fresh);
             match uuid {
                 Ok(uuid) => {
-                    drop(identity::write_device_record(uuid).map_err(|error| log!("no record of the disk: {error}")))
+                    if let Err(error) = identity::write_device_record(uuid) {
+                        log!("no record of the disk: {error}");
+                    }
                 }
                 Err(error) => log!("the file system does not tell its UUID: {error}"),
             }

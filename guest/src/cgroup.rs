@@ -19,8 +19,9 @@ const ENVIRONMENT: &str = "/sys/fs/cgroup/environment";
 /// Names below `environment`.
 pub(crate) const INIT: &str = "init";
 pub(crate) const SESSIONS: &str = "sessions";
-/// What PID 1 and the kernel keep for themselves.
-const MEMORY_RESERVE_BYTES: u64 = 64 << 20;
+/// What PID 1, the initramfs and the kernel's own reserve take. Seen with half of it: the whole machine ran out before the environment's limit did, and
+/// stood still for minutes in reclaim.
+const MEMORY_RESERVE_BYTES: u64 = 128 << 20;
 const PIDS_RESERVE: u64 = 512;
 
 /// Once, at boot: the controllers are handed to `environment`.

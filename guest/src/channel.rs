@@ -71,7 +71,11 @@ pub(crate) async fn serve(port: Arc<OwnedFd>, agent: Arc<Agent>) -> io::Result<(
                 }
             },
         };
-        match tokio::time::timeout(ANSWER_LIMIT, stream.write_all(&resync::guest_marker(nonce))).await {
+        let answer = async {
+            stream.write_all(&resync::guest_marker(nonce)).await?;
+            stream.flush().await
+        };
+        match tokio::time::timeout(ANSWER_LIMIT, answer).await {
             Ok(Ok(())) => next = session(stream, &agent).await,
             Ok(Err(error)) => log!("cannot answer the host: {error}"),
             Err(_elapsed) => {}
@@ -184,6 +188,21 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<S> {
             return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
         }
         Pin::new(&mut self.stream).poll_write(context, data)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        if self.has_ended() {
+            return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
+        }
+        Pin::new(&mut self.stream).poll_write_vectored(context, slices)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -377,7 +396,7 @@ mod tests {
         (Watched { stream, scanner: Scanner::default(), silence: None, ended: Arc::clone(&ended) }, ended)
     }
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn silence_behind_a_marker_in_a_frame_ends_the_session() {
         let (mut host, guest) = tokio::io::duplex(4096);
         let (mut stream, ended) = watched(guest);
@@ -385,11 +404,11 @@ mod tests {
         let mut read = Vec::new();
         let error = stream.read_to_end(&mut read).await.unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
-        assert_eq!(ended.lock().unwrap().take().unwrap().nonce, Some([5; 16]));
         assert!(stream.write_all(b"late").await.is_err(), "nothing of the old session may follow");
+        assert_eq!(ended.lock().unwrap().take().unwrap().nonce, Some([5; 16]));
     }
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn data_behind_a_marker_in_a_frame_go_on() {
         let (mut host, guest) = tokio::io::duplex(4096);
         let (mut stream, ended) = watched(guest);
@@ -409,7 +428,7 @@ mod tests {
         let (mut host, guest) = tokio::io::duplex(4096);
         let (mut stream, ended) = watched(guest);
         host.write_all(&[PREFACE.to_vec(), marker(1), marker(2)].concat()).await.unwrap();
-        stream.read_to_end(&mut Vec::new()).await.unwrap_err();
+        stream.read(&mut [0; 4096]).await.unwrap_err();
         let next = ended.lock().unwrap().take().unwrap();
         assert_eq!((next.nonce, next.early.as_ref()), (Some([1; 16]), marker(2).as_slice()));
     }

@@ -69,6 +69,8 @@ const LINGER_STEP: Duration = Duration::from_millis(100);
 const END_GRACE: Duration = Duration::from_secs(2);
 /// A killed command's exit is waited for so long; longer means that the kernel holds it.
 const KILLED_LIMIT: Duration = Duration::from_secs(5);
+/// What a command may write ahead of its reader; more than by default, so that the two take turns less often.
+const OUTPUT_PIPE_BYTES: i32 = 256 << 10;
 /// A client is told of ports once its command has run for so long; most end before.
 const PORTS_AFTER: Duration = Duration::from_millis(500);
 const SIZE_DEFAULT: TerminalSize = TerminalSize { rows: 24, cols: 80 };
@@ -467,6 +469,9 @@ fn open_pipes(stdin: bool) -> io::Result<Opened> {
         (File::open("/dev/null")?.into(), None)
     };
     let ((stdout, out), (stderr, err)) = (pipe()?, pipe()?);
+    for pipe in [&stdout, &stderr] {
+        nix::fcntl::fcntl(pipe, nix::fcntl::FcntlArg::F_SETPIPE_SZ(OUTPUT_PIPE_BYTES))?;
+    }
     Ok((Streams::Pipes { stdin: ours, stdout, stderr }, [theirs, out, err]))
 }
 

@@ -48,7 +48,10 @@ pub(crate) fn configure(network: &Network) -> Result<(), NetError> {
     if !network.address_v6.is_empty() && Path::new("/proc/net/if_inet6").exists() {
         let (address, prefix) = address_and_prefix::<Ipv6Addr>(&network.address_v6, 128)?;
         // The address is ours alone on this cable: nobody has to be asked, which would take a second.
-        fs::write("/proc/sys/net/ipv6/conf/eth0/accept_dad", "0").map_err(kernel("address detection"))?;
+        // Routes come from the host alone, not from whoever advertises some.
+        for setting in ["accept_dad", "accept_ra"] {
+            fs::write(format!("/proc/sys/net/ipv6/conf/{INTERFACE}/{setting}"), "0").map_err(kernel(setting))?;
+        }
         let socket = datagram(AddressFamily::Inet6).map_err(kernel("socket"))?;
         let index = sys::interface_index(&socket, INTERFACE).map_err(kernel("interface"))?;
         unless_there(sys::add_address_v6(&socket, index, address, prefix)).map_err(kernel("IPv6 address"))?;

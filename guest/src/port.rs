@@ -4,14 +4,14 @@
 //! side has hung up" stays set in a registration for ever.
 
 use std::{
-    io,
+    io::{self, IoSlice},
     os::fd::OwnedFd,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
 };
 
-use bytes::{Buf as _, Bytes};
+use bytes::{Buf as _, Bytes, BytesMut};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf, unix::AsyncFd};
 
 /// The driver takes at most this much at a time.
@@ -22,11 +22,13 @@ pub(crate) struct Port {
     fd: AsyncFd<Arc<OwnedFd>>,
     /// Read before, by the session before.
     early: Bytes,
+    /// Written, but not flushed. Each write to the driver costs an exit to the host, and HTTP/2 writes in small pieces.
+    late: BytesMut,
 }
 
 impl Port {
     pub(crate) fn new(fd: Arc<OwnedFd>, early: Bytes) -> io::Result<Self> {
-        Ok(Self { fd: crate::sys::watch_fd(fd)?, early })
+        Ok(Self { fd: crate::sys::watch_fd(fd)?, early, late: BytesMut::with_capacity(WRITE_BYTES_MAX) })
     }
 }
 
@@ -55,23 +57,50 @@ impl AsyncRead for Port {
     }
 }
 
-impl AsyncWrite for Port {
-    fn poll_write(self: Pin<&mut Self>, context: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
-        let data = &data[..data.len().min(WRITE_BYTES_MAX)];
-        loop {
+impl Port {
+    /// Gives what waits to the driver.
+    fn poll_drain(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        while !self.late.is_empty() {
             let mut guard = ready!(self.fd.poll_write_ready(context))?;
-            match guard.try_io(|fd| Ok(nix::unistd::write(fd.get_ref(), data)?)) {
-                Ok(written) => return Poll::Ready(written),
+            match guard.try_io(|fd| Ok(nix::unistd::write(fd.get_ref(), &self.late)?)) {
+                Ok(written) => self.late.advance(written?),
                 Err(_would_block) => {}
             }
         }
-    }
-
-    fn poll_flush(self: Pin<&mut Self>, _context: &mut Context<'_>) -> Poll<io::Result<()>> {
         Poll::Ready(Ok(()))
     }
+}
 
-    fn poll_shutdown(self: Pin<&mut Self>, _context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(Ok(()))
+impl AsyncWrite for Port {
+    fn poll_write(self: Pin<&mut Self>, context: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
+        self.poll_write_vectored(context, &[IoSlice::new(data)])
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        slices: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        if self.late.len() >= WRITE_BYTES_MAX {
+            ready!(self.poll_drain(context))?;
+        }
+        let before = self.late.len();
+        for slice in slices {
+            let room = WRITE_BYTES_MAX - self.late.len();
+            self.late.extend_from_slice(&slice[..slice.len().min(room)]);
+        }
+        Poll::Ready(Ok(self.late.len() - before))
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.poll_drain(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.poll_drain(context)
     }
 }

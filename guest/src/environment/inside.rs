@@ -132,7 +132,11 @@ fn sprite_folder(binary: &OwnedFd) -> Result<(), StartError> {
         }
         fs::write(root.join("version.txt"), format!("{}\n", proto::VERSION))?;
         File::create(SPRITE_ENV)?;
-        sys::attach_mount(binary, &c_string(SPRITE_ENV)?)
+        sys::attach_mount(binary, &c_string(SPRITE_ENV)?)?;
+        // It is the file that PID 1 runs from.
+        let read_only =
+            MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY | MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+        Ok(mount(None::<&str>, SPRITE_ENV, None::<&str>, read_only, None::<&str>)?)
     };
     make().map_err(failed(SPRITE_DIR))
 }
