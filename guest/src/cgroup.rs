@@ -53,7 +53,7 @@ pub(crate) fn make_environment() -> io::Result<File> {
 pub(crate) fn sessions() -> io::Result<File> {
     let sessions = Path::new(ENVIRONMENT).join(SESSIONS);
     match fs::create_dir(&sessions) {
-        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
         _ => procs(&sessions),
     }
 }

@@ -238,7 +238,7 @@ impl Sessions {
             max_run: u64::try_from(start.max_run_after_disconnect_ms).ok().map(Duration::from_millis),
             size: start.size.unwrap_or(SIZE_DEFAULT),
         };
-        let unstarted = Session::new(about, child, streams)
+        let unstarted = Session::over(about, child, streams)
             .map_err(|error| Status::internal(format!("the command's streams: {error}")))?;
         let session = Arc::clone(&unstarted.session);
         let connected = session.attach(start.size);

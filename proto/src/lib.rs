@@ -13,7 +13,13 @@ pub mod record;
 pub mod resync;
 
 /// The generated modules refer to each other by package, so they are nested as their packages are.
-#[allow(unreachable_pub, clippy::allow_attributes_without_reason, clippy::large_enum_variant, reason = "generated code")]
+#[allow(
+    unreachable_pub,
+    clippy::allow_attributes_without_reason,
+    clippy::large_enum_variant,
+    clippy::too_many_lines,
+    reason = "generated code"
+)]
 mod generated {
     pub mod sprites {
         pub mod v1 {

@@ -60,10 +60,9 @@ fn close_stdout() -> io::Result<()> {
 fn reap() -> ! {
     let children: SigSet = Signal::SIGCHLD.into();
     loop {
-        match wait() {
+        if wait() == Err(Errno::ECHILD) {
             // SIGCHLD is blocked, so that one that came before this call is not lost.
-            Err(Errno::ECHILD) => drop(children.wait()),
-            Ok(_) | Err(_) => {}
+            let _which: Result<Signal, Errno> = children.wait();
         }
     }
 }

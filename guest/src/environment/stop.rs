@@ -252,7 +252,7 @@ mod tests {
     fn swap_areas_are_read_as_the_kernel_writes_them() {
         let text = "Filename\t\t\t\tType\t\tSize\t\tUsed\t\tPriority\n/swap\\040file                            file\t\t1048572\t\t0\t\t-2\n/dev/loop1 partition 1 0 -3\n";
         assert_eq!(parse_swaps(text), [PathBuf::from("/swap file"), PathBuf::from("/dev/loop1")]);
-        assert_eq!(parse_swaps("Filename Type\n"), [PathBuf::new(); 0]);
+        assert!(parse_swaps("Filename Type\n").is_empty());
         assert_eq!(unescape("a\\b\\"), "a\\b\\");
     }
 

@@ -158,7 +158,7 @@ enum Ends {
 
 impl Session {
     /// Registers a command that runs already. Its output waits in the kernel until [`Unstarted::run`].
-    pub(super) fn new(about: About, child: Child, streams: Streams) -> io::Result<Unstarted> {
+    pub(super) fn over(about: About, child: Child, streams: Streams) -> io::Result<Unstarted> {
         let (queue, stdin) = mpsc::channel(STDIN_QUEUE);
         let (streams, terminal) = match streams {
             Streams::Pipes { stdin, stdout, stderr } => {
