@@ -7,9 +7,7 @@ use std::{io, time::Duration};
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, StatusCode, header};
-use tokio::io::{
-    AsyncBufRead, AsyncBufReadExt as _, AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, BufReader,
-};
+use tokio::io::{AsyncBufRead, AsyncBufReadExt as _, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, BufReader};
 
 use super::Done;
 use crate::{
@@ -185,11 +183,7 @@ async fn read_chunk(reader: &mut (impl AsyncBufRead + Unpin)) -> io::Result<Opti
     Ok(Some(data.into()))
 }
 
-async fn read_rest(
-    reader: &mut (impl AsyncBufRead + AsyncRead + Unpin),
-    is_chunked: bool,
-    body: &mut Vec<u8>,
-) -> io::Result<()> {
+async fn read_rest(reader: &mut (impl AsyncBufRead + Unpin), is_chunked: bool, body: &mut Vec<u8>) -> io::Result<()> {
     if !is_chunked {
         return reader.take(REFUSAL_BYTES_MAX).read_to_end(body).await.map(drop);
     }
