@@ -1,6 +1,7 @@
 //! Starts each part. The one place that knows every part's configuration; `dev` and the single-part commands only put them in order.
 
 use std::{
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr},
     os::unix::fs::PermissionsExt,
     path::Path,
     sync::{Arc, Mutex},
@@ -9,15 +10,20 @@ use std::{
 
 use anyhow::Context;
 use blockstore::bucket::Bucket;
+use coordinator::Tokens;
 use node_agent::{
     ImageFiles, NodeAgent, Shutdown,
     kvm::{self, Probe},
     qemu::Accel,
 };
+use router::{
+    NodeAddress, Router,
+    ca::{Ca, ServerNames},
+};
 use tokio::{net::UnixListener, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
 
-use crate::config::Config;
+use crate::{config::Config, data_dir::write_private};
 
 /// Requests that are still open on a socket nobody else uses get this long.
 const SOCKET_STOP_DEADLINE: Duration = Duration::from_secs(5);
@@ -170,15 +176,68 @@ fn node_name(instance: &str) -> anyhow::Result<String> {
     Ok(format!("{}-{instance}", name.to_string_lossy()))
 }
 
-pub(crate) async fn start_coordinator(_config: &Config) -> anyhow::Result<Part> {
-    anyhow::bail!("seam")
+/// Binds the API's socket and serves it. The node agent need not be there yet.
+pub(crate) async fn start_coordinator(config: &Config) -> anyhow::Result<Part> {
+    let settings = coordinator::Config {
+        bucket: open_bucket(config).await?,
+        node_socket: config.data.node_socket(),
+        domain: config.domain.clone(),
+        port: config.listen.port(),
+    };
+    let listener = bind_private(&config.data.coordinator_socket())?;
+    Ok(Part::spawn("coordinator", |stop| async move {
+        Ok(coordinator::serve(settings, listener, async move { stop.cancelled().await }).await?)
+    }))
 }
-pub(crate) async fn start_router(_config: &Config) -> anyhow::Result<Part> {
-    anyhow::bail!("seam")
+
+/// Makes the certificate authority the first time, and opens the edge's sockets. Does not wait for the other parts.
+pub(crate) async fn start_router(config: &Config) -> anyhow::Result<Part> {
+    let api_hosts = vec![config.api_host.clone()];
+    let names = ServerNames::new([config.api_host.as_str()], &config.domain);
+    let folder = config.data.ca();
+    let identity = tokio::task::spawn_blocking(move || Ca::ensure(&folder)?.server(&names)).await??;
+    let router = Router::bind(router::Config {
+        listen: edge_addresses(config.listen),
+        listen_http: Vec::new(),
+        identity,
+        api_hosts,
+        sprite_domain: config.domain.clone(),
+        coordinator: NodeAddress::Unix(config.data.coordinator_socket()),
+    })?;
+    Ok(Part::spawn("router", |stop| async move {
+        router.run(stop).await;
+        Ok(())
+    }))
 }
-pub(crate) async fn ensure_token(_config: &Config) -> anyhow::Result<()> {
-    anyhow::bail!("seam")
+
+/// `*.localhost` is both loopback addresses, and a client may try either first.
+fn edge_addresses(listen: SocketAddr) -> Vec<SocketAddr> {
+    let v6 = SocketAddr::from((Ipv6Addr::LOCALHOST, listen.port()));
+    let has_v6 = || std::net::TcpListener::bind((Ipv6Addr::LOCALHOST, 0)).is_ok();
+    if listen.ip() == Ipv4Addr::LOCALHOST && has_v6() { vec![listen, v6] } else { vec![listen] }
 }
-pub(crate) async fn mint_token(_config: &Config) -> anyhow::Result<String> {
-    anyhow::bail!("seam")
+
+/// Sees to it that the data folder holds a token that this cluster's bucket knows.
+pub(crate) async fn ensure_token(config: &Config) -> anyhow::Result<()> {
+    let path = config.data.token();
+    let tokens = Tokens::new(open_bucket(config).await?);
+    match std::fs::read_to_string(&path) {
+        Ok(token) => {
+            if tokens.is_valid(token.trim()).await? {
+                return Ok(());
+            }
+            // Of another bucket, or revoked.
+            tracing::warn!("the token in {} is not valid here; minting another", path.display());
+        }
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+        Err(error) => return Err(error).with_context(|| format!("cannot read {}", path.display())),
+    }
+    let token = tokens.mint(&config.org, "first token of the cluster").await?;
+    Ok(write_private(&path, format!("{token}\n").as_bytes())?)
+}
+
+/// Another token of the cluster; its text is kept nowhere.
+pub(crate) async fn mint_token(config: &Config) -> anyhow::Result<String> {
+    let tokens = Tokens::new(open_bucket(config).await?);
+    Ok(tokens.mint(&config.org, "minted on the command line").await?)
 }
