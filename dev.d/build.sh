@@ -11,7 +11,10 @@ build_all() {
   build_image
 }
 
-build_binaries() { step "building sprited and sprite" cargo build --locked -p sprited -p cli -p dev-s3; }
+# The example is named only because it makes cargo choose the features of dependencies as it does for the tests: one build of each serves both.
+build_binaries() {
+  step "building sprited and sprite" cargo build --locked --workspace --bin sprited --bin sprite --bin dev-s3 --example nbd_memory
+}
 
 # Static, because it runs in an initramfs without a userland; for the GNU target, because a musl one needs a download of its own.
 build_guest() {

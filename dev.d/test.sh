@@ -134,7 +134,8 @@ prepare_vms() {
 }
 
 suite_e2e() {
-  bounded cargo test -p e2e --locked --no-fail-fast -- ${TEST_FILTER:+"$TEST_FILTER"}
+  # The whole workspace is named so that the dependencies' features, and with them their builds, are those of the other suites.
+  bounded cargo test --workspace --test system --test faults --locked --no-fail-fast -- ${TEST_FILTER:+"$TEST_FILTER"}
 }
 
 run_bench() {
