@@ -7,6 +7,9 @@ use proto::paths::SPRITE_ERROR_HEADER;
 
 use crate::body::{self, Body};
 
+/// As the node agent says it: clients attach by path from `0.0.1-rc30` on, and take what is older for another dialect.
+const DIALECT_VERSION: HeaderValue = HeaderValue::from_static("0.1.0");
+
 /// Sent by a node when it does not have the sprite it was asked for: the route was stale.
 pub const NOT_HERE: &str = "SPR-N01";
 
@@ -249,7 +252,7 @@ impl Refusal {
         let headers = response.headers_mut();
         headers.insert(SPRITE_ERROR_HEADER, HeaderValue::from_static(facts.code));
         headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
-        headers.insert("sprite-version", HeaderValue::from_static(proto::VERSION));
+        headers.insert("sprite-version", DIALECT_VERSION);
         if let Some(seconds) = self.retry_after_s() {
             headers.insert(header::RETRY_AFTER, seconds.into());
         }
