@@ -227,9 +227,9 @@ async fn cut_bodies_are_read_again_and_never_returned() {
     let body = Bytes::from((0..200_000_u32).flat_map(u32::to_le_bytes).collect::<Vec<_>>());
     bucket.put("v1/pack", body.clone()).await.unwrap();
     server.set_faults(Faults { truncate: rate(0.5), ..Faults::default() });
-    for start in (0..800_000).step_by(100_000) {
-        match bucket.get_range("v1/pack", start..start + 100_000).await {
-            Ok(bytes) => assert_eq!(bytes, body[start as usize..][..100_000]),
+    for start in (0..800_000_usize).step_by(100_000) {
+        match bucket.get_range("v1/pack", start as u64..start as u64 + 100_000).await {
+            Ok(bytes) => assert_eq!(bytes, body[start..][..100_000]),
             Err(error) => assert_eq!(error.retry(), Retry::Soon, "{error:?}"),
         }
     }
@@ -351,7 +351,7 @@ async fn writer_child() {
     let Ok(dir) = std::env::var(CHILD_DIR) else { return };
     let bucket = Bucket::open(&format!("dir:{dir}")).await.unwrap();
     for n in 0_u64.. {
-        let body = Bytes::from(vec![n as u8; 3_000_000]);
+        let body = Bytes::from(vec![n.to_le_bytes()[0]; 3_000_000]);
         bucket.put("v1/big", body).await.unwrap();
         bucket.put(&format!("v1/count/{n}"), Bytes::new()).await.unwrap();
     }

@@ -55,12 +55,8 @@ pub(crate) async fn serve(
                     drop(permit);
                 });
             }
-            Some(_) => {
-                if owner.send(Command::Guest(Box::new(event))).await.is_err() {
-                    return;
-                }
-            }
-            None => {}
+            Some(_) if owner.send(Command::Guest(Box::new(event))).await.is_err() => return,
+            Some(_) | None => {}
         }
     }
 }
@@ -151,9 +147,8 @@ async fn restore(owner: &mpsc::Sender<Command>, checkpoint: String) {
     if owner.send(Command::Restore { checkpoint: checkpoint.clone(), reply }).await.is_err() {
         return;
     }
-    match done.await {
-        Ok(Err(OrderError::Failed(reason))) => tracing::warn!(checkpoint, reason, "a restore asked for inside failed"),
-        Ok(_) | Err(_) => {}
+    if let Ok(Err(OrderError::Failed(reason))) = done.await {
+        tracing::warn!(checkpoint, reason, "a restore asked for inside failed");
     }
 }
 

@@ -94,10 +94,9 @@ pub(super) fn inputs(message: Message, tty: bool, dialect: Dialect) -> Vec<ExecI
         Message::Binary(data) => {
             if dialect == Dialect::Control
                 && (data.starts_with(b"{\"type\":\"resize\"") || data.starts_with(b"{\"type\":\"signal\""))
+                && let Some(input) = said(&data)
             {
-                if let Some(input) = said(&data) {
-                    return vec![wrap(input)];
-                }
+                return vec![wrap(input)];
             }
             match (tty, data.first()) {
                 (_, None) => Vec::new(),

@@ -177,9 +177,9 @@ impl Agent for Fake {
         let Some(TunnelInput { input: Some(tunnel_input::Input::Open(open)) }) = inputs.message().await? else {
             return Err(Status::invalid_argument("no open"));
         };
-        let port = u16::try_from(open.port).map_err(|_| Status::invalid_argument("no port"))?;
+        let port = u16::try_from(open.port).map_err(|_malformed| Status::invalid_argument("no port"))?;
         let address: SocketAddr =
-            SocketAddr::new(open.host.parse().map_err(|_| Status::invalid_argument("no host"))?, port);
+            SocketAddr::new(open.host.parse().map_err(|_malformed| Status::invalid_argument("no host"))?, port);
         let stream = TcpStream::connect(address).await.map_err(|error| Status::unavailable(error.to_string()))?;
         let (mut from, mut into) = stream.into_split();
         tokio::spawn(async move {
