@@ -32,6 +32,11 @@ impl Port {
     }
 }
 
+/// The host has left, and may be back already: "hung up" stays set, so that waiting for readiness would be a loop without a rest.
+fn left() -> io::Error {
+    io::Error::new(io::ErrorKind::ConnectionReset, "the host has left")
+}
+
 impl AsyncRead for Port {
     fn poll_read(
         mut self: Pin<&mut Self>,
@@ -46,11 +51,13 @@ impl AsyncRead for Port {
         }
         loop {
             let mut guard = ready!(self.fd.poll_read_ready(context))?;
+            let hung_up = guard.ready().is_read_closed();
             match guard.try_io(|fd| Ok(nix::unistd::read(fd.get_ref(), buffer.initialize_unfilled())?)) {
                 Ok(read) => {
                     buffer.advance(read?);
                     return Poll::Ready(Ok(()));
                 }
+                Err(_would_block) if hung_up => return Poll::Ready(Err(left())),
                 Err(_would_block) => {}
             }
         }
@@ -62,8 +69,10 @@ impl Port {
     fn poll_drain(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         while !self.late.is_empty() {
             let mut guard = ready!(self.fd.poll_write_ready(context))?;
+            let hung_up = guard.ready().is_write_closed();
             match guard.try_io(|fd| Ok(nix::unistd::write(fd.get_ref(), &self.late)?)) {
                 Ok(written) => self.late.advance(written?),
+                Err(_would_block) if hung_up => return Poll::Ready(Err(left())),
                 Err(_would_block) => {}
             }
         }

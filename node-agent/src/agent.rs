@@ -121,8 +121,7 @@ impl AgentClient {
     /// `limit` bounds the whole call.
     pub async fn connect(path: &Path, limit: Duration) -> Result<Self, ConnectError> {
         let deadline = Instant::now() + limit;
-        let mut stream = open_socket(path, deadline).await?;
-        meet(&mut stream, limit, deadline).await?;
+        let stream = meet(path, limit, deadline).await?;
         match tokio::time::timeout_at(deadline, Self::over(stream)).await {
             Ok(result) => result,
             Err(_elapsed) => Err(ConnectError::Silent { waited: limit }),
@@ -320,12 +319,17 @@ async fn open_socket(path: &Path, deadline: Instant) -> Result<UnixStream, Conne
 }
 
 /// Exchanges markers until one of ours is answered.
-async fn meet(stream: &mut UnixStream, limit: Duration, deadline: Instant) -> Result<(), ConnectError> {
+///
+/// Each attempt is a connection of its own: a guest that wrote at the moment the host before us died leaves QEMU's port throttled, with nothing that
+/// would release it but the end of a connection (seen with QEMU 10.0, about once in ten kills under load).
+async fn meet(path: &Path, limit: Duration, deadline: Instant) -> Result<UnixStream, ConnectError> {
     let mut wait = MARKER_WAIT_FIRST;
     loop {
+        let mut stream = open_socket(path, deadline).await?;
         let until = deadline.min(Instant::now() + wait);
-        match tokio::time::timeout_at(until, resync::host_handshake(stream, rand::random())).await {
-            Ok(Ok(())) => return Ok(()),
+        match tokio::time::timeout_at(until, resync::host_handshake(&mut stream, rand::random())).await {
+            Ok(Ok(())) => return Ok(stream),
+            // QEMU ends the connection only when it ends itself.
             Ok(Err(source)) => return Err(ConnectError::Handshake(source)),
             Err(_elapsed) if Instant::now() >= deadline => return Err(ConnectError::Silent { waited: limit }),
             Err(_elapsed) => wait = (wait * 2).min(MARKER_WAIT_MAX),

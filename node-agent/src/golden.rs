@@ -1,12 +1,13 @@
 //! Golden snapshots: a booted VM without a disk, one per size, from which every VM starts.
 //!
 //! ```text
-//!  boot kernel and PID 1 (≈ 3 s, once) ──▶ agent answers ──▶ agent connection closed ──▶ stop, save state ──▶ golden/<key>/{memory, state}
+//!  boot kernel and PID 1 (≈ 3 s, once) ──▶ agent answers ──▶ agent connection closed ──▶ stop, save state ──▶ golden/<key>/{memory, state, id}
+//!                                                                                  the same for all hosts ◀──▶ bucket (`share`)
 //!  new VM = copy of `memory` + load of `state` (≈ 0.1 s)
 //! ```
 //!
 //! The snapshot is taken before any socket, key or mount exists in the guest, so clones share nothing secret (ruling 21).
-//! `<key>` names everything it depends on; a folder that has its name is whole.
+//! `<key>` names everything it depends on; a folder that has its name is whole. Two boots differ in their bytes, so each snapshot also has an id.
 
 use std::{
     io,
@@ -26,17 +27,25 @@ use crate::{
     qemu::{DiskBackend, Start, VmFiles},
     qmp::{Qmp, QmpError},
     resources::Resources,
+    vm::change::chain,
 };
+
+mod share;
 
 /// Cold boot takes 3 s; a machine that runs a compiler beside it has been seen to need 40 s.
 const BOOT_LIMIT: Duration = Duration::from_secs(180);
+/// Beside `memory` and `state`.
+const ID_FILE: &str = "id";
 /// How long the guest may take to notice that its host connection is closed, before the snapshot.
 const SETTLE: Duration = Duration::from_millis(300);
 
 /// A snapshot that is ready to be started from.
 #[derive(Clone, Debug)]
 pub struct Golden {
+    /// Which QEMU can load it, and everything that descends from it.
     pub key: String,
+    /// Which boot it is.
+    pub id: String,
     pub size: SizeClass,
     /// Sparse memory file, kept on tmpfs beside the VMs.
     pub memory: PathBuf,
@@ -61,11 +70,8 @@ impl Golden {
     pub async fn ensure(resources: &Resources, size: SizeClass) -> Result<Self, GoldenError> {
         let key = resources.model(size).key();
         let folder = resources.golden_folder().join(&key);
-        if !folder.join("state").exists() {
-            tracing::info!(size = size.as_str(), key, "booting the golden VM");
-            make(resources, size, &folder).await?;
-        }
-        let memory = resources.config.memory.join(format!("golden-{key}.mem"));
+        let id = find_or_make(resources, size, &key, &folder).await?;
+        let memory = resources.config.memory.join(format!("golden-{key}-{id}.mem"));
         if !memory.exists() {
             let (from, to) = (folder.join("memory"), memory.clone());
             blocking(move || {
@@ -76,11 +82,99 @@ impl Golden {
             .await
             .map_err(|source| GoldenError::Prepare { what: "its memory on tmpfs", source })?;
         }
-        Ok(Self { key, size, memory, state: folder.join("state") })
+        Ok(Self { key, id, size, memory, state: folder.join("state") })
+    }
+
+    /// What has to be equal for a memory image in the bucket: it holds only what differs from this boot.
+    pub fn image_key(&self) -> String {
+        format!("{}-{}", self.key, self.id)
     }
 }
 
-async fn make(resources: &Resources, size: SizeClass, folder: &Path) -> Result<(), GoldenError> {
+/// Brings the cluster's snapshot, or one of our own, to `folder` and returns its id.
+async fn find_or_make(resources: &Resources, size: SizeClass, key: &str, folder: &Path) -> Result<String, GoldenError> {
+    let bucket = &resources.config.bucket;
+    let local = if folder.join("state").exists() { std::fs::read_to_string(folder.join(ID_FILE)).ok() } else { None };
+    let shared = share::find(bucket, key).await.unwrap_or_else(|error| {
+        tracing::warn!(error = chain(&error), "cannot look for the cluster's golden snapshot");
+        None
+    });
+    if let Some(shared) = &shared {
+        if local.as_ref() == Some(&shared.id) {
+            return Ok(shared.id.clone());
+        }
+        match take(resources, key, shared, folder).await {
+            Ok(()) => return Ok(shared.id.clone()),
+            Err(error) => tracing::warn!(error = chain(&error), "cannot use the cluster's golden snapshot"),
+        }
+    }
+    let id = match local {
+        Some(id) => id,
+        None => {
+            tracing::info!(size = size.as_str(), key, "booting the golden VM");
+            let id = uuid::Uuid::now_v7().simple().to_string();
+            make(resources, size, folder, &id).await?;
+            id
+        }
+    };
+    if shared.is_some() {
+        return Ok(id);
+    }
+    match share::publish(bucket, key, &id, folder).await {
+        Ok(shared) if shared.id != id => match take(resources, key, &shared, folder).await {
+            Ok(()) => return Ok(shared.id),
+            Err(error) => tracing::warn!(error = chain(&error), "cannot use the cluster's golden snapshot"),
+        },
+        Ok(_) => {}
+        Err(error) => tracing::warn!(
+            error = chain(&error),
+            "cannot share the golden snapshot; memory in the bucket is of use to this host only"
+        ),
+    }
+    Ok(id)
+}
+
+/// Fetches the cluster's snapshot into `folder`.
+async fn take(
+    resources: &Resources,
+    key: &str,
+    shared: &share::Shared,
+    folder: &Path,
+) -> Result<(), share::ShareError> {
+    let work = resources.golden_folder().join(format!("fetching-{key}"));
+    let empty = work.clone();
+    blocking(move || {
+        if empty.exists() {
+            std::fs::remove_dir_all(&empty)?;
+        }
+        std::fs::create_dir_all(&empty)
+    })
+    .await?;
+    share::fetch(&resources.config.bucket, key, shared, &work).await?;
+    let (id, folder) = (shared.id.clone(), folder.to_owned());
+    blocking(move || {
+        finish(&work, &id)?;
+        if folder.exists() {
+            std::fs::remove_dir_all(&folder)?;
+        }
+        std::fs::rename(&work, &folder)
+    })
+    .await?;
+    Ok(())
+}
+
+/// The last steps of a snapshot whose `memory` and `state` are complete.
+fn finish(folder: &Path, id: &str) -> io::Result<()> {
+    // QEMU made it for its own user; every VM's user has to read it.
+    std::fs::set_permissions(folder.join("state"), std::fs::Permissions::from_mode(0o644))?;
+    std::fs::write(folder.join(ID_FILE), id)?;
+    for name in ["memory", "state", ID_FILE] {
+        std::fs::File::open(folder.join(name))?.sync_all()?;
+    }
+    files::sync_folder(folder)
+}
+
+async fn make(resources: &Resources, size: SizeClass, folder: &Path, id: &str) -> Result<(), GoldenError> {
     let prepare = |what: &'static str| move |source: io::Error| GoldenError::Prepare { what, source };
     let slot =
         resources.slots.take().ok_or_else(|| prepare("a network slot")(io::Error::other("all slots are in use")))?;
@@ -106,8 +200,8 @@ async fn make(resources: &Resources, size: SizeClass, folder: &Path) -> Result<(
     net.detach().await.map_err(GoldenError::Network)?;
     made?;
 
-    let (work, folder) = (work, folder.to_owned());
-    blocking(move || publish(&work, &folder)).await.map_err(prepare("the snapshot's folder"))
+    let (folder, id) = (folder.to_owned(), id.to_owned());
+    blocking(move || publish(&work, &folder, &id)).await.map_err(prepare("the snapshot's folder"))
 }
 
 async fn boot_and_save(
@@ -160,18 +254,20 @@ async fn save_when_up(work: &RunDir, spec: &jail::JailSpec) -> Result<(), Golden
     qmp.save_state(&work.state()).await.map_err(qemu)
 }
 
-/// Moves the finished snapshot to its name. Whoever finds `state` there finds everything.
-fn publish(work: &RunDir, folder: &Path) -> io::Result<()> {
-    std::fs::create_dir_all(folder)?;
-    files::copy_sparse(&work.memory, &folder.join("memory"))?;
-    std::fs::File::open(folder.join("memory"))?.sync_all()?;
-    std::fs::copy(work.state(), folder.join("state.tmp"))?;
-    // QEMU made it for its own user; every VM's user has to read it.
-    std::fs::set_permissions(folder.join("state.tmp"), std::fs::Permissions::from_mode(0o644))?;
-    std::fs::File::open(folder.join("state.tmp"))?.sync_all()?;
-    files::sync_folder(folder)?;
-    std::fs::rename(folder.join("state.tmp"), folder.join("state"))?;
-    files::sync_folder(folder)?;
+/// Moves the finished snapshot to its name: a folder that has it is whole.
+fn publish(work: &RunDir, folder: &Path, id: &str) -> io::Result<()> {
+    let new = folder.with_extension("new");
+    for old in [&new, folder] {
+        if old.exists() {
+            std::fs::remove_dir_all(old)?;
+        }
+    }
+    std::fs::create_dir_all(&new)?;
+    files::copy_sparse(&work.memory, &new.join("memory"))?;
+    std::fs::copy(work.state(), new.join("state"))?;
+    finish(&new, id)?;
+    std::fs::rename(&new, folder)?;
+    files::sync_folder(folder.parent().unwrap_or(folder))?;
     std::fs::remove_file(&work.memory)?;
     std::fs::remove_dir_all(&work.folder)
 }

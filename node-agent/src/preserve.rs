@@ -75,7 +75,7 @@ async fn push(resources: &Resources, image: &VmNote, volume: &Volume) -> Result<
         memory_file: run.memory.clone(),
         golden_file: golden.memory.clone(),
         state_file: run.state(),
-        snapshot_key: image.snapshot_key.clone(),
+        snapshot_key: golden.image_key(),
     };
     volume.publish_memory(source).await.map_err(|error| format!("cannot push to the bucket: {}", chain(&error)))
 }

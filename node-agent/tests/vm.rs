@@ -390,8 +390,8 @@ async fn vms_outlive_a_node_agent_that_is_killed() {
     node.restart().await;
     assert_eq!(node.status(&running).await.state, "suspended", "{:?}", node.status(&running).await);
     let woken = timed("wake from the bucket", node.wake(&running)).await;
-    // The golden snapshot was made anew, so its memory is of another one; then the disk alone is used, and that is said.
-    println!("{} {:?}", woken.resumed, node.status(&running).await.events);
+    assert_eq!(woken.resumed, "memory", "{:?}", node.status(&running).await);
+    assert_eq!(counter(&node, &running).await.0, counters[0], "its processes go on");
     assert_eq!(node.out(&running, "cat ~/file").await, "fsynced");
 
     // QEMU killed behind our back: the next request boots from the disk.

@@ -272,8 +272,12 @@ async fn try_resume(resources: &Resources, parts: &mut Parts, image: Image, slot
 async fn fetch(resources: &Resources, parts: &Parts, golden: &Golden, volume: &Volume) -> Result<VmNote, String> {
     let run = resources.run_dir(parts.id);
     let info = volume.memory().ok_or("the bucket has no memory of it for its disk as it is")?;
-    if info.snapshot_key != golden.key {
-        return Err(format!("its memory belongs to snapshot {}, this host has {}", info.snapshot_key, golden.key));
+    if info.snapshot_key != golden.image_key() {
+        return Err(format!(
+            "its memory belongs to snapshot {}, this host has {}",
+            info.snapshot_key,
+            golden.image_key()
+        ));
     }
     let cleared = run.clone();
     let clear = blocking(move || {
@@ -288,7 +292,7 @@ async fn fetch(resources: &Resources, parts: &Parts, golden: &Golden, volume: &V
         sprite: parts.id,
         size: parts.size,
         slot: 0,
-        snapshot_key: info.snapshot_key,
+        snapshot_key: golden.key.clone(),
         process: None,
         loading: false,
         suspended_lsn: Some(info.lsn.0),
