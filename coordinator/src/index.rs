@@ -31,13 +31,15 @@ use tokio::{sync::watch, time::Instant};
 use crate::{
     names::{NameEntry, Names},
     node::Node,
-    refusal::chain,
+    refusal::{Refusal, chain},
 };
 
 /// A table older than this is refreshed before it is used.
 pub(crate) const AGE_MAX: Duration = Duration::from_secs(1);
 /// Records read side by side.
 const READS_PARALLEL: usize = 16;
+/// The store's client for listings is patient; people are not.
+const REFRESH_LIMIT: Duration = Duration::from_secs(10);
 const RECONNECT_PAUSE: Duration = Duration::from_millis(500);
 
 #[derive(Debug)]
@@ -163,7 +165,7 @@ impl Index {
         org: &str,
         name: &SpriteName,
         since: Timestamp,
-    ) -> Result<Option<Arc<SpriteRecord>>, RecordError> {
+    ) -> Result<Option<Arc<SpriteRecord>>, Refusal> {
         self.refresh(Duration::ZERO).await?;
         let table = self.table();
         let mut records = table.sprites.values().filter_map(|row| row.standing.record());
@@ -183,7 +185,7 @@ impl Index {
     }
 
     /// Makes the table no older than `age_max`. Concurrent calls share one refresh.
-    pub(crate) async fn refresh(&self, age_max: Duration) -> Result<(), RecordError> {
+    pub(crate) async fn refresh(&self, age_max: Duration) -> Result<(), Refusal> {
         let asked_at = Instant::now();
         let is_fresh = |table: &Table| {
             table.refreshed_at.is_some_and(|at| at >= asked_at || asked_at.duration_since(at) < age_max)
@@ -191,10 +193,19 @@ impl Index {
         if is_fresh(&self.table()) {
             return Ok(());
         }
-        let _turn = self.refreshing.lock().await;
-        if is_fresh(&self.table()) {
-            return Ok(());
+        let refreshed = async {
+            let _turn = self.refreshing.lock().await;
+            if is_fresh(&self.table()) { Ok(()) } else { self.read_what_changed().await }
+        };
+        match tokio::time::timeout(REFRESH_LIMIT, refreshed).await {
+            Ok(outcome) => Ok(outcome?),
+            Err(_elapsed) => Err(Refusal::Unavailable(format!(
+                "the bucket did not list the sprites within {REFRESH_LIMIT:?}; check that it is up and reachable"
+            ))),
         }
+    }
+
+    async fn read_what_changed(&self) -> Result<(), RecordError> {
         let began_at = Instant::now();
         let listed = self.list().await?;
         let stale: Vec<_> = {

@@ -30,6 +30,7 @@ const CAPACITY_WAIT: Duration = Duration::from_secs(25);
 const CAPACITY_PAUSE: Duration = Duration::from_secs(1);
 /// A quota may overshoot by what other coordinators made in so long (ruling 9).
 const QUOTA_AGE_MAX: Duration = Duration::from_secs(30);
+const QUOTA_PATIENCE: Duration = Duration::from_secs(2);
 /// A name that is being freed is waited for by trying again.
 const CLAIM_ATTEMPTS: u32 = 3;
 
@@ -67,8 +68,12 @@ impl Service {
         Ok(self.view(record).await)
     }
 
+    /// By what is known when the bucket cannot be listed: the claim that follows finds out whether it is there at all.
     async fn check_quota(&self, org: &str) -> Result<(), Refusal> {
-        self.index().refresh(QUOTA_AGE_MAX).await?;
+        let refreshed = tokio::time::timeout(QUOTA_PATIENCE, self.index().refresh(QUOTA_AGE_MAX)).await;
+        if !matches!(refreshed, Ok(Ok(()))) {
+            tracing::debug!("a quota is checked against an old list");
+        }
         let counts = self.index().counts(org);
         let current = counts.running + counts.warm + counts.cold;
         if current >= SPRITES_PER_ORG_MAX {
