@@ -19,9 +19,10 @@ const ENVIRONMENT: &str = "/sys/fs/cgroup/environment";
 /// Names below `environment`.
 pub(crate) const INIT: &str = "init";
 pub(crate) const SESSIONS: &str = "sessions";
-/// What PID 1, the initramfs and the kernel's own reserve take. Seen with half of it: the whole machine ran out before the environment's limit did, and
-/// stood still for minutes in reclaim.
-const MEMORY_RESERVE_BYTES: u64 = 128 << 20;
+/// What PID 1, the initramfs, the kernel and its own reserve take (133 MiB of 2 GiB, measured), with some more: this, and a part of all memory. With less
+/// the whole machine runs out before the environment's limit is met, and stands still for minutes in reclaim.
+const MEMORY_RESERVE_BYTES: u64 = 112 << 20;
+const MEMORY_RESERVE_PART: u64 = 32;
 const PIDS_RESERVE: u64 = 512;
 
 /// Once, at boot: the controllers are handed to `environment`.
@@ -79,7 +80,7 @@ fn memory_max() -> io::Result<u64> {
         .lines()
         .find_map(|line| line.strip_prefix("MemTotal:")?.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
     let total = total_kib.ok_or_else(|| io::Error::other("/proc/meminfo does not tell MemTotal"))? << 10;
-    Ok(total.saturating_sub(MEMORY_RESERVE_BYTES).max(total / 2))
+    Ok(total.saturating_sub(MEMORY_RESERVE_BYTES + total / MEMORY_RESERVE_PART).max(total / 2))
 }
 
 fn pids_max() -> io::Result<u64> {
