@@ -84,6 +84,7 @@ finish() {
 }
 
 # The features are named because defaults differ between releases of e2fsprogs. metadata_csum_seed: a sprite's UUID is set while it is mounted.
+# No orphan_file: with it every mount of 100 GB takes about a second, without it a tenth of that.
 # The inode tables are zero because the file is new: said to be so (lazy_itable_init=0 punches holes), else each sprite's kernel would go over
 # all of them in its first minutes.
 make_file_system() {
@@ -92,7 +93,7 @@ make_file_system() {
   echo "making the file system"
   truncate -s "${DISK_GIB}G" "$file"
   PATH=$PATH:/sbin:/usr/sbin as_image_root mkfs.ext4 -q -F -L sprite -U "$uuid" -b 4096 -m "$RESERVED_PERCENT" -J "size=$JOURNAL_MIB" \
-    -O 64bit,metadata_csum,metadata_csum_seed,orphan_file,has_journal,extent,flex_bg,resize_inode,^fast_commit,^verity \
+    -O 64bit,metadata_csum,metadata_csum_seed,has_journal,extent,flex_bg,resize_inode,^orphan_file,^fast_commit,^verity \
     -E "hash_seed=$uuid,lazy_itable_init=0,lazy_journal_init=1,nodiscard,root_owner=0:0" -d "$root" "$file"
 }
 
