@@ -5,7 +5,7 @@ QEMU_MAJOR_MIN=9
 RUST_MIN=1.95
 PACKAGES_RUN=(libnss-myhostname nftables iproute2 e2fsprogs util-linux procps ca-certificates curl jq)
 PACKAGES_BUILD=(build-essential pkg-config mmdebstrap squashfs-tools cpio lz4 zstd xz-utils binutils kmod python3)
-PACKAGES_TEST=(shellcheck fio nbdkit libnbd-bin qemu-utils openssl bsdutils protobuf-compiler python3-grpcio python3-protobuf)
+PACKAGES_TEST=(shellcheck fio nbdkit libnbd-bin python3-libnbd qemu-utils openssl bsdutils protobuf-compiler python3-grpcio python3-protobuf)
 APT_SOURCES_DIR=${APT_SOURCES_DIR:-/etc/apt}
 
 require_debian() {
