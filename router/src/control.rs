@@ -25,7 +25,7 @@ use crate::{
 /// For one question. A coordinator that is busy for longer is treated as away.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(5);
 /// A wake may take as long as a client would wait.
-const WAKE_DEADLINE: Duration = Duration::from_secs(30);
+const WAKE_DEADLINE: Duration = Duration::from_secs(60);
 
 /// A changed `sprite url` setting works after at most this long, at the price of one question a second for each busy sprite.
 const ROUTES: Policy = Policy {

@@ -29,7 +29,7 @@ use crate::{
 };
 
 /// How long a sprite may take to wake.
-const WAKE_DEADLINE: Duration = Duration::from_secs(30);
+const WAKE_DEADLINE: Duration = Duration::from_secs(60);
 /// How long an awake program may take to begin its answer, counted from the request.
 const HEAD_DEADLINE: Duration = Duration::from_secs(300);
 

@@ -204,7 +204,7 @@ impl Refusal {
                 "SPR-U03",
                 StatusCode::GATEWAY_TIMEOUT,
                 "wake timed out",
-                "The sprite did not wake within 30 seconds. `sprite info` says why.",
+                "The sprite did not wake within 60 seconds. `sprite info` says why.",
                 tonic::Code::DeadlineExceeded,
             ),
             Self::AnswerTimeout => line(

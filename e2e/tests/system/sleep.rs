@@ -17,8 +17,7 @@ fn a_counter_goes_on_where_it_was_suspended() {
     let (after, same_pid) = sprite.counter("/tmp/count");
     assert_eq!(pid, same_pid, "the process was started again");
     assert!(after >= before, "{after} < {before}");
-    let skew_s: i64 = sprite.sh("date +%s").parse::<i64>().unwrap() - now_s();
-    assert!(skew_s.abs() <= 5, "the clock is {skew_s} s off after a wake");
+    assert_clock_is_right(&sprite);
     // Twice: a VM that was restored once is restored again.
     sprite.cli(&["sleep"]).success();
     assert_eq!(sprite.counter("/tmp/count").1, pid);
@@ -56,8 +55,16 @@ fn a_clock_three_days_back_is_right_after_a_wake() {
     let sprite = cluster.new_sprite("clock");
     sprite.sh("sudo date -s '3 days ago' >/dev/null");
     sprite.cli(&["sleep"]).success();
-    let skew_s: i64 = sprite.sh("date +%s").parse::<i64>().unwrap() - now_s();
-    assert!(skew_s.abs() <= 5, "the clock is {skew_s} s off");
+    assert_clock_is_right(&sprite);
+}
+
+/// The guest was asked at some moment between these two looks at our own clock; a command may take seconds on a busy host.
+#[track_caller]
+fn assert_clock_is_right(sprite: &Sprite<'_>) {
+    let before = now_s();
+    let inside: i64 = sprite.sh("date +%s").parse().expect("seconds");
+    let after = now_s();
+    assert!((before - 2..=after + 2).contains(&inside), "the clock inside says {inside}, it was {before} to {after}");
 }
 
 fn now_s() -> i64 {
