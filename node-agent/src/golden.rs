@@ -74,7 +74,17 @@ impl Golden {
         let memory = resources.config.memory.join(format!("golden-{key}-{id}.mem"));
         if !memory.exists() {
             let (from, to) = (folder.join("memory"), memory.clone());
+            let (in_memory, same_key) = (resources.config.memory.clone(), format!("golden-{key}-"));
             blocking(move || {
+                // Gone with the host's last boot.
+                std::fs::create_dir_all(&in_memory)?;
+                // Of another boot of the same machine: nobody starts from it any more.
+                for old in std::fs::read_dir(&in_memory)? {
+                    let old = old?;
+                    if old.file_name().to_string_lossy().starts_with(&same_key) {
+                        files::remove_if_there(&old.path())?;
+                    }
+                }
                 let unfinished = to.with_extension("tmp");
                 files::copy_sparse(&from, &unfinished)?;
                 std::fs::rename(unfinished, to)
