@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use blockstore::store::{Checkpoint, CheckpointError, CheckpointMeta, Consistency, Volume};
 use proto::public;
+use tokio::time::timeout;
 
 use crate::{agent::AgentClient, vm::change::chain};
 
@@ -17,6 +18,9 @@ use crate::{agent::AgentClient, vm::change::chain};
 const FREEZE_LIMIT_MS: u32 = 200;
 /// The guest thaws by itself after this, should the host die in between.
 const FROZEN_LIMIT_MS: u32 = 2000;
+/// Before the freeze everything dirty is written, which takes what it takes; a guest that needs longer is stuck.
+const FREEZE_ANSWER_LIMIT: Duration = Duration::from_secs(60);
+const THAW_ANSWER_LIMIT: Duration = Duration::from_secs(5);
 
 /// A checkpoint and what taking it cost.
 #[derive(Clone, Debug)]
@@ -40,13 +44,17 @@ pub async fn take(
     is_auto: bool,
 ) -> Result<Taken, CheckpointError> {
     let begun = Instant::now();
-    let frozen = match agent.freeze(FREEZE_LIMIT_MS, FROZEN_LIMIT_MS).await {
-        Ok(answer) if answer.frozen => true,
-        Ok(answer) => {
+    let frozen = match timeout(FREEZE_ANSWER_LIMIT, agent.freeze(FREEZE_LIMIT_MS, FROZEN_LIMIT_MS)).await {
+        Err(_elapsed) => {
+            tracing::warn!(sprite = %volume.id(), "the guest does not answer; the checkpoint is crash-consistent");
+            false
+        }
+        Ok(Ok(answer)) if answer.frozen => true,
+        Ok(Ok(answer)) => {
             tracing::info!(sprite = %volume.id(), reason = answer.reason, "not frozen; the checkpoint is crash-consistent");
             false
         }
-        Err(error) => {
+        Ok(Err(error)) => {
             tracing::warn!(sprite = %volume.id(), error = chain(&error), "not frozen; the checkpoint is crash-consistent");
             false
         }
@@ -56,9 +64,10 @@ pub async fn take(
     let sealed = volume.seal_checkpoint(CheckpointMeta { comment, consistency, is_auto }).await;
     let mut pause = stopped.elapsed();
     if frozen {
-        match agent.thaw().await {
-            Ok(answer) => pause = Duration::from_micros(answer.frozen_us),
-            Err(error) => {
+        match timeout(THAW_ANSWER_LIMIT, agent.thaw()).await {
+            Ok(Ok(answer)) => pause = Duration::from_micros(answer.frozen_us),
+            Err(_elapsed) => tracing::warn!(sprite = %volume.id(), "the guest does not answer; it thaws by itself"),
+            Ok(Err(error)) => {
                 tracing::warn!(sprite = %volume.id(), error = chain(&error), "cannot thaw; the guest does it by itself")
             }
         }

@@ -15,7 +15,7 @@
 //! 3. Nothing is buffered without bound: a client that does not read stops the guest's writer, a guest that does not read stops the client.
 //! 4. A request with a sprite's id never reaches the control plane, whatever its path ([`in_front_of`]).
 
-use std::{any::Any, fmt, io, sync::Arc};
+use std::{any::Any, fmt, io, sync::Arc, time::Duration};
 
 use axum::{
     Router,
@@ -32,7 +32,7 @@ use tokio::net::TcpStream;
 use tower::ServiceExt as _;
 
 use crate::{
-    agent::AgentClient,
+    agent::{AgentClient, CallError},
     host::{Running, WakeError},
 };
 
@@ -117,6 +117,17 @@ pub fn in_front_of(control: Router, data: Router) -> Router {
         let plane = if request.headers().contains_key(SPRITE_ID_HEADER) { data.clone() } else { control.clone() };
         plane.oneshot(request)
     })
+}
+
+/// How long the guest's agent may take for a call that does little.
+const ANSWER_LIMIT: Duration = Duration::from_secs(30);
+
+/// The agent's answer, or a refusal when it gives none. `session` is the one the call is about.
+async fn answer<T>(call: impl Future<Output = Result<T, CallError>>, session: Option<&str>) -> Result<T, Refusal> {
+    match tokio::time::timeout(ANSWER_LIMIT, call).await {
+        Ok(answer) => answer.map_err(|error| Refusal::of_call(&error, session)),
+        Err(_elapsed) => Err(Refusal::silent()),
+    }
 }
 
 /// One request for one sprite.

@@ -48,7 +48,10 @@ impl Node for NodeService {
         let request = request.into_inner();
         let record: SpriteRecord = serde_json::from_slice(&request.rec)
             .map_err(|error| Status::invalid_argument(format!("the record is not readable: {error}")))?;
-        let created = self.host.create(record).await.map_err(create_status)?;
+        // A caller that goes away must not leave half a sprite behind.
+        let host = self.host.clone();
+        let created = tokio::spawn(async move { host.create(record).await }).await;
+        let created = created.map_err(|error| Status::internal(error.to_string()))?.map_err(create_status)?;
         Ok(Response::new(CreateReply {
             sprite_id: created.id.to_string(),
             from: created.from.to_owned(),

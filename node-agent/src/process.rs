@@ -42,7 +42,7 @@ use crate::{
 /// A fresh QEMU listens within milliseconds; a host under a storm of starts may need longer.
 const QMP_LIMIT: Duration = Duration::from_secs(20);
 /// How long a restored guest may need to its first answer. Measured: 0.17 s alone, seconds when many start at once.
-const AGENT_LIMIT: Duration = Duration::from_secs(30);
+const AGENT_LIMIT: Duration = Duration::from_secs(45);
 /// SIGKILL to the end of the process; longer means that the kernel holds it in I/O.
 const KILL_LIMIT: Duration = Duration::from_secs(10);
 /// How long QEMU may take to connect to its disk again.

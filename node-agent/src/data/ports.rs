@@ -8,7 +8,7 @@ use tokio::time::Duration;
 use tonic::Streaming;
 
 use super::{
-    Call, frames,
+    Call, answer, frames,
     refusal::Refusal,
     say_wake,
     websocket::{self, Gone, Input, NORMAL, Output, RESTARTED},
@@ -20,7 +20,7 @@ const BURST_PAUSE: Duration = Duration::from_millis(100);
 pub(super) async fn watch(mut call: Call) -> Result<Response, Refusal> {
     let upgrade = websocket::handshake(&mut call).await?;
     let awake = call.wake().await?;
-    let mut events = awake.agent.watch_ports().await.map_err(|error| Refusal::of_call(&error, None))?;
+    let mut events = answer(awake.agent.watch_ports(), None).await?;
     let was = awake.was;
     let mut response = upgrade.on_upgrade(move |socket| async move {
         let (mut output, mut input) = websocket::split(socket);

@@ -61,6 +61,11 @@ impl Refusal {
         Self::new(status, "the sprite refused", error.message())
     }
 
+    /// An agent that says nothing.
+    pub(super) fn silent() -> Self {
+        Self::new(StatusCode::GATEWAY_TIMEOUT, "the sprite does not answer", "its agent is busy or stuck; try again")
+    }
+
     /// As JSON, which every client of the dialect can read, also on a refused handshake.
     pub(super) fn into_json(self) -> Response {
         let mut body = json!({ "error": self.error, "message": self.message });

@@ -12,7 +12,7 @@ use proto::agent::{KillEvent, KillSessionRequest, Session};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::{Call, query::go_duration, refusal::Refusal, say_wake};
+use super::{Call, answer, query::go_duration, refusal::Refusal, say_wake};
 use crate::agent::CallError;
 
 /// The body of a kill is a signal and a number.
@@ -22,7 +22,7 @@ const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 
 pub(super) async fn list(call: Call) -> Result<Response, Refusal> {
     let awake = call.wake().await?;
-    let sessions = awake.agent.list_sessions().await.map_err(|error| Refusal::of_call(&error, None))?;
+    let sessions = answer(awake.agent.list_sessions(), None).await?;
     let shown: Vec<Value> = sessions.iter().map(show).collect();
     let mut response = Response::new(Body::from(json!({ "count": shown.len(), "sessions": shown }).to_string()));
     response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
@@ -79,13 +79,11 @@ pub(super) async fn kill(call: Call, session_id: String) -> Result<Response, Ref
     let timeout = timeout.ok_or_else(|| Refusal::bad_request("timeout is not a duration such as 10s"))?;
     let timeout_ms = u32::try_from(timeout.as_millis()).unwrap_or(u32::MAX);
     let request = KillSessionRequest { session_id: session_id.clone(), signal, timeout_ms };
-    let refused = |error: &CallError| Refusal::of_call(error, Some(&session_id));
-    let mut events = awake.agent.kill_session(request).await.map_err(|error| refused(&error))?;
+    let mut events = answer(awake.agent.kill_session(request), Some(&session_id)).await?;
     // An unknown session may be noticed only now.
-    let first = events
-        .message()
-        .await
-        .map_err(|source| refused(&CallError { call: "KillSession", source: Box::new(source) }))?;
+    let first =
+        async { events.message().await.map_err(|source| CallError { call: "KillSession", source: Box::new(source) }) };
+    let first = answer(first, Some(&session_id)).await?;
     let was = awake.was;
     let rest = stream::unfold((events, awake), |(mut events, awake)| async move {
         let event = match events.message().await {

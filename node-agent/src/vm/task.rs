@@ -171,6 +171,8 @@ struct Task {
     /// As it was read last; also while the parts are away.
     record: Option<SpriteRecord>,
     watched: Watched,
+    /// A write of the guest found no space.
+    out_of_space: bool,
     preserving: Option<JoinHandle<Preserved>>,
     /// The disk is being given up; nothing may be done with it before that has ended.
     releasing: Option<JoinHandle<()>>,
@@ -226,6 +228,7 @@ pub(crate) fn spawn(
         destroying: Vec::new(),
         record,
         watched: Watched::default(),
+        out_of_space: false,
         preserving: None,
         releasing: None,
         detached_output_bytes: 0,
@@ -258,7 +261,10 @@ impl Task {
                 preserved = ended(&mut self.preserving) => self.preserved(preserved),
                 () = uses.changed.notified() => self.released(),
                 () = until(deadline) => self.timer(),
-                _ = refresh.tick() => self.publish_numbers(),
+                _ = refresh.tick() => {
+                    self.publish_numbers();
+                    self.look_for_a_stop().await;
+                }
             }
             if *self.vm.state() == State::Destroyed {
                 self.publish();
@@ -591,6 +597,38 @@ impl Task {
                 self.drop_process("the agent inside its VM does not answer any more").await;
             }
         }
+    }
+
+    /// QEMU stops a VM whose write found no space (ruling 17). Letting it run tries the write again; nothing is lost meanwhile.
+    async fn look_for_a_stop(&mut self) {
+        if *self.vm.state() != State::Running {
+            return;
+        }
+        let Some(process) = self.parts.as_ref().and_then(|parts| parts.process.as_ref()) else { return };
+        let stopped = match process.qmp.run_state().await {
+            Ok(state) => state == "io-error",
+            Err(error) => {
+                tracing::warn!(sprite = %self.id(), error = chain(&error), "QEMU does not say how its VM is");
+                return;
+            }
+        };
+        if stopped && let Err(error) = process.qmp.cont().await {
+            tracing::warn!(sprite = %self.id(), error = chain(&error), "a stopped VM does not go on");
+        }
+        if stopped == self.out_of_space {
+            return;
+        }
+        self.out_of_space = stopped;
+        let reason = if stopped {
+            "stopped: this host has no space for its writes, or the bucket was away for too long; it goes on when there is space"
+        } else {
+            "goes on: there is space again"
+        };
+        tracing::warn!(sprite = %self.id(), reason);
+        self.status.send_modify(|status| {
+            reason.clone_into(&mut status.reason);
+            push_event(status, reason.to_owned());
+        });
     }
 
     fn owns(&self, pid: i32) -> bool {
