@@ -154,7 +154,8 @@ impl Cluster {
         lines[lines.len().saturating_sub(40)..].join("\n")
     }
 
-    fn bundle(&self) -> PathBuf {
+    /// System + local CA in one file.
+    pub fn bundle(&self) -> PathBuf {
         self.folder.join("ca-bundle.pem")
     }
 

@@ -34,7 +34,7 @@ pub use wait::{eventually, pause};
 use std::time::Duration;
 
 /// Long enough for anything a user does to one sprite, on two busy cores without hardware virtualisation.
-pub const COMMAND_DEADLINE: Duration = Duration::from_secs(180);
+pub const COMMAND_DEADLINE: Duration = Duration::from_secs(300);
 
 /// `./dev soak` runs the tests at full size; CI has a fixed smaller one (ruling 32).
 pub fn full_size() -> bool {

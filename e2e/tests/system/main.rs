@@ -11,6 +11,7 @@ mod limits;
 mod mdm;
 mod names;
 mod network;
+mod readme;
 mod sleep;
 mod terminal;
 mod url;
