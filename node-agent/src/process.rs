@@ -274,7 +274,7 @@ impl VmProcess {
                 // A suspend was under way, or the host's disk was full.
                 qmp.cont().await.map_err(StartError::Load)?;
             }
-            connect_agent(&run, &qmp).await?
+            connect_agent(&run, &qmp, &process).await?
         };
         Ok((Self { run, note, agent, net: Arc::new(net), exports, process, qmp, _slot: slot, _nbd: nbd }, paused))
     }
@@ -308,7 +308,7 @@ impl VmProcess {
         note.suspended_lsn = None;
         let loaded = load(&run, &mut note, &source.state(&run), &spec).await;
         let started = match loaded {
-            Ok(qmp) => connect_agent(&run, &qmp).await.map(|agent| (qmp, agent)),
+            Ok(qmp) => connect_agent(&run, &qmp, &process).await.map(|agent| (qmp, agent)),
             Err(error) => Err(error),
         };
         match started {
@@ -361,7 +361,7 @@ impl VmProcess {
 
     /// A new control-channel session, after the old one was closed or broke.
     pub async fn reconnect(&mut self) -> Result<(), StartError> {
-        self.agent = connect_agent(&self.run, &self.qmp).await?;
+        self.agent = connect_agent(&self.run, &self.qmp, &self.process).await?;
         Ok(())
     }
 
@@ -468,8 +468,13 @@ async fn load(run: &RunDir, note: &mut VmNote, state: &Path, spec: &JailSpec) ->
     Ok(qmp)
 }
 
-async fn connect_agent(run: &RunDir, qmp: &Qmp) -> Result<AgentClient, StartError> {
-    match AgentClient::connect(&run.agent(), AGENT_LIMIT).await {
+async fn connect_agent(run: &RunDir, qmp: &Qmp, process: &Process) -> Result<AgentClient, StartError> {
+    let path = run.agent();
+    let connected = tokio::select! {
+        connected = AgentClient::connect(&path, AGENT_LIMIT) => connected,
+        () = process.ended() => return Err(StartError::Gone(io::ErrorKind::NotFound.into())),
+    };
+    match connected {
         Ok(agent) => Ok(agent),
         Err(source) => {
             let console = qmp.console_tail().await.unwrap_or_else(|error| format!("(no console: {error})"));

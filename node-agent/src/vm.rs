@@ -222,7 +222,7 @@ impl Vm {
         match event {
             Event::Used => {
                 self.uses += 1;
-                self.wanted = true;
+                self.wanted = self.state != State::Running;
                 self.ordered = None;
                 self.last_active = now;
             }

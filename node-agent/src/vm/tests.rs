@@ -78,6 +78,8 @@ fn never_means_never() {
 fn a_dead_process_is_booted_by_the_next_request_only() {
     let start = Instant::now();
     let mut vm = running(start);
+    vm.step(Event::Used, start).unwrap();
+    vm.step(Event::Released, start).unwrap();
     assert_eq!(vm.step(Event::ProcessDied, at(start, 1)), Ok(None));
     assert_eq!(*vm.state(), State::Failed);
     assert_eq!(vm.step(Event::Tick, at(start, 1000)), Ok(None));
