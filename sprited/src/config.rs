@@ -35,7 +35,7 @@ pub(crate) struct Settings {
     /// Everything this machine keeps: local disk cache, certificate authority, sockets.
     #[arg(long, value_name = "DIR", env = "SPRITES_DATA")]
     data: Option<PathBuf>,
-    /// `dir:/path`, or `s3://bucket/prefix?endpoint=…&region=…` with AWS_* credentials in the environment [default: dir:<data>/bucket]
+    /// `dir:/path`, or `s3://bucket/prefix?endpoint=…&region=…` with AWS_* credentials in the environment [default: dir:DATA/bucket]
     #[arg(long, value_name = "URL")]
     bucket: Option<String>,
     /// Address the TLS edge listens on [default: 127.0.0.1]
@@ -56,7 +56,7 @@ pub(crate) struct Settings {
     /// Folder with `vmlinux`, `initrd`, `rootfs.ext4` and `rootfs.digest`, as `./dev` builds it.
     #[arg(long, value_name = "DIR")]
     image: Option<PathBuf>,
-    /// tmpfs folder for the memory of VMs [default: /dev/shm/sprites-<instance>]
+    /// tmpfs folder for the memory of VMs [default: /dev/shm/sprites-INSTANCE]
     #[arg(long, value_name = "DIR")]
     memory_dir: Option<PathBuf>,
     /// Whole anonymous sprites kept ready, so that a create is quick [default: 1]

@@ -45,7 +45,7 @@ pub(crate) struct Arguments {
     /// PORT, or PORT HERE:PORT THERE
     #[arg(required_unless_present = "stdio", value_name = "PORT|HERE:THERE", value_parser = ports)]
     ports: Vec<(u16, u16)>,
-    /// Connect stdin and stdout to it instead, [HOST]:PORT
+    /// Connect stdin and stdout to HOST:PORT instead; without HOST, to the port on localhost
     #[arg(short = 'W', value_name = "[HOST]:PORT", conflicts_with = "ports", value_parser = host_and_port)]
     stdio: Option<(String, u16)>,
 }
