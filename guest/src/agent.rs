@@ -58,6 +58,8 @@ pub(crate) struct Agent {
     /// The host's entropy is in: from now on ids may be made.
     configured: AtomicBool,
     host: watch::Sender<bool>,
+    /// Of the boot, see `init::timer_trouble`.
+    timer_trouble: String,
 }
 
 /// What of the sprite's first life is done.
@@ -80,7 +82,7 @@ impl Drop for Connected<'_> {
 }
 
 impl Agent {
-    pub(crate) fn new(reaper: Reaper) -> Self {
+    pub(crate) fn new(reaper: Reaper, timer_trouble: String) -> Self {
         let host = watch::Sender::new(false);
         let ports = Ports::default();
         let environment = Arc::new(Environment::new(reaper.clone()));
@@ -95,6 +97,7 @@ impl Agent {
             life: Mutex::default(),
             configured: AtomicBool::new(false),
             host,
+            timer_trouble,
         }
     }
 
@@ -222,6 +225,7 @@ impl agent_server::Agent for Agent {
             boot_id,
             uptime_ms: uptime_ms(),
             environment: environment.into(),
+            timer_trouble: self.timer_trouble.clone(),
         }))
     }
 

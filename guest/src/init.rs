@@ -10,7 +10,8 @@
 use std::{
     ffi::CString,
     fs::{self, File},
-    io,
+    io::{self, Read as _},
+    iter,
     os::{
         fd::{AsFd as _, OwnedFd},
         unix::fs::{OpenOptionsExt as _, PermissionsExt as _, symlink},
@@ -43,6 +44,9 @@ const THREAD_STACK_BYTES: usize = 512 << 10;
 /// The port appears within milliseconds of its driver.
 const PORT_LIMIT: Duration = Duration::from_secs(30);
 const PORT_POLL: Duration = Duration::from_millis(2);
+/// The kernel's own limit for one record, and more records than a boot has.
+const KMSG_RECORD_BYTES: usize = 8192;
+const KMSG_RECORDS_MAX: usize = 10_000;
 /// The name the host gives the port of the control channel.
 const PORT_NAME: &str = "agent";
 
@@ -72,9 +76,29 @@ fn serve() -> io::Result<()> {
     let port = open_port()?;
     let reaper = Reaper::start()?;
     runtime.block_on(async move {
-        let agent = Arc::new(Agent::new(reaper));
+        let agent = Arc::new(Agent::new(reaper, timer_trouble()));
         channel::serve(port.into(), agent).await
     })
+}
+
+/// What the kernel said if it does not use the CPU's own timer. A VM like that must not become a snapshot (the node agent's `golden` says why).
+fn timer_trouble() -> String {
+    let Ok(log) = fs::OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open("/dev/kmsg") else {
+        return String::new();
+    };
+    // One read is one record; the end is "would block".
+    let mut record = [0; KMSG_RECORD_BYTES];
+    let records =
+        iter::from_fn(|| (&log).read(&mut record).ok().map(|len| String::from_utf8_lossy(&record[..len]).into_owned()));
+    records.take(KMSG_RECORDS_MAX).find_map(|record| trouble_in(&record)).unwrap_or_default()
+}
+
+/// The text of a record of `/dev/kmsg`, `priority,number,time,flags;text`, if it says that the APIC timer is not used.
+fn trouble_in(record: &str) -> Option<String> {
+    let (_, text) = record.split_once(';')?;
+    let text = text.lines().next()?;
+    let off = ["APIC timer disabled", "Disabling APIC timer"].iter().any(|words| text.contains(words));
+    off.then(|| text.to_owned())
 }
 
 fn set_up_machine() {
@@ -270,6 +294,15 @@ pub(crate) fn duplicate(fd: &OwnedFd) -> io::Result<OwnedFd> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_kernel_without_the_apic_timer_is_found_out() {
+        let failed = "4,297,431056,-;APIC timer disabled due to verification failure\n SUBSYSTEM=cpu\n";
+        assert_eq!(trouble_in(failed).as_deref(), Some("APIC timer disabled due to verification failure"));
+        assert!(trouble_in("6,120,9000,-;Disabling APIC timer\n").is_some());
+        assert_eq!(trouble_in("6,121,9001,-;APIC: Switch to symmetric I/O mode setup\n"), None);
+        assert_eq!(trouble_in("no record"), None);
+    }
 
     #[test]
     fn nodes_of_modules_are_read_as_kmod_writes_them() {
