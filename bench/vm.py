@@ -4,7 +4,7 @@
 The floor (`vm_floor.py`, none of our code) starts, suspends and resumes a VM with a busybox agent and a local qcow2. We do the same through the
 public API of a running cluster, as a client would: TLS, token, REST. Every line is a ratio of medians in this run; nothing here is a test.
 
-usage: vm.py FLOOR_SCRIPT WORK_DIR [--rounds N] [--json FILE]        (environment as `./dev env` prints it)
+usage: vm.py FLOOR_SCRIPT WORK_DIR [--rounds N] [--burst N] [--asleep N] [--cluster DATA PID] [--json FILE]        (environment as `./dev env` prints it)
 """
 
 import argparse
@@ -177,6 +177,39 @@ def bench_burst(count):
     return seconds
 
 
+def vm_processes(data):
+    """QEMU processes of the cluster whose data folder is `data`."""
+    found = 0
+    for folder in os.scandir("/proc"):
+        if folder.name.isdigit():
+            try:
+                with open(f"/proc/{folder.name}/cmdline", "rb") as file:
+                    words = file.read().split(b"\0")
+            except OSError:
+                continue
+            found += b"qemu-system" in words[0] and any(data.encode() in word for word in words)
+    return found
+
+
+def resident_bytes(pid):
+    with open(f"/proc/{pid}/status", encoding="ascii") as status:
+        return int(re.search(r"VmRSS:\s+(\d+) kB", status.read())[1]) << 10
+
+
+def bench_asleep(count, data, pid):
+    """`count` cold sprites: how many VM processes and how much of sprited's memory they cost, and an exec that wakes one of them."""
+    names = [f"bench-s{number}" for number in range(count)]
+    before_vms, before_bytes = vm_processes(data), resident_bytes(pid)
+    for name in names:
+        create(name)
+        call("POST", f"/v1/sprites/{name}/sleep", {"to": "cold"})
+    vms, grown = vm_processes(data) - before_vms, resident_bytes(pid) - before_bytes
+    wake = timed(run, names[-1], "/bin/true")
+    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+        list(threads.map(destroy, names))
+    return vms, grown / count, wake
+
+
 class Table:
     def __init__(self):
         self.rows = []
@@ -208,6 +241,8 @@ def main():
     arguments.add_argument("work_dir")
     arguments.add_argument("--rounds", type=int, default=5)
     arguments.add_argument("--burst", type=int, default=20)
+    arguments.add_argument("--asleep", type=int, default=100)
+    arguments.add_argument("--cluster", nargs=2, metavar=("DATA", "PID"), help="the cluster's data folder and the process of its sprited")
     arguments.add_argument("--json")
     settings = arguments.parse_args()
     median = statistics.median
@@ -239,6 +274,11 @@ def main():
     cores = os.cpu_count() or 1
     table.add(f"{settings.burst} created at once", seconds, f"{settings.burst} × one ÷ {cores} cores", settings.burst * median(cold) / cores, 1.3)
     print(table.markdown())
+    if settings.cluster:
+        data, pid = settings.cluster
+        wait_for_pool()
+        vms, grown, wake = bench_asleep(settings.asleep, data, int(pid))
+        print(f"\n{settings.asleep} sprites asleep (cold): {vms} more VM processes, {grown / 1024:.0f} KiB more of sprited's memory each; an exec wakes one in {wake:.2f} s.")
     if settings.json:
         with open(settings.json, "w", encoding="utf-8") as out:
             json.dump(table.rows, out, indent=1)

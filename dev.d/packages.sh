@@ -6,6 +6,8 @@ RUST_MIN=1.95
 PACKAGES_RUN=(libnss-myhostname nftables iproute2 e2fsprogs util-linux procps ca-certificates curl jq)
 PACKAGES_BUILD=(build-essential pkg-config mmdebstrap squashfs-tools cpio lz4 zstd xz-utils binutils kmod python3)
 PACKAGES_TEST=(shellcheck fio nbdkit libnbd-bin python3-libnbd qemu-utils openssl bsdutils protobuf-compiler python3-grpcio python3-protobuf)
+# What the floor of the benchmarks makes its bare VM from.
+PACKAGES_BENCH=(busybox-static qemu-utils python3 jq)
 APT_SOURCES_DIR=${APT_SOURCES_DIR:-/etc/apt}
 
 require_debian() {
