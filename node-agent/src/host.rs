@@ -126,13 +126,18 @@ impl Host {
     pub async fn create(&self, mut record: SpriteRecord) -> Result<Created, CreateError> {
         let fits = record.size == self.0.pool.size() && record.disk_bytes == DISK_BYTES_DEFAULT;
         let pooled = if fits { self.0.pool.take().await } else { None };
-        let from = if pooled.is_some() { "pool" } else { "golden" };
-        let id = pooled.as_ref().map_or_else(SpriteId::generate, |prepared| prepared.parts.id);
-        record.id = id;
-        let parts = match pooled {
-            Some(prepared) => self.name(prepared, &record).await?,
-            None => self.make(&record).await?,
+        let named = match pooled {
+            Some(prepared) => self.name(prepared, &mut record).await,
+            None => None,
         };
+        let (parts, from) = match named {
+            Some(parts) => (parts, "pool"),
+            None => {
+                record.id = SpriteId::generate();
+                (self.make(&record).await?, "golden")
+            }
+        };
+        let id = record.id;
         let key = record_key(id);
         if let Err(source) = self.0.resources.config.bucket.create_record(&key, record.clone()).await {
             pool::free(&self.0.resources, parts).await;
@@ -142,18 +147,21 @@ impl Host {
         Ok(Created { id, from })
     }
 
-    async fn name(&self, prepared: Prepared, record: &SpriteRecord) -> Result<Parts, CreateError> {
+    /// `None` when the entry is of no use, for example because its VM has died; it is freed.
+    async fn name(&self, prepared: Prepared, record: &mut SpriteRecord) -> Option<Parts> {
         let mut parts = prepared.parts;
+        record.id = parts.id;
         parts.record = Some(record.clone());
         let named = match &mut parts.process {
             Some(process) => name_process(process, record).await,
             None => Err("it has no VM".into()),
         };
         match named {
-            Ok(()) => Ok(parts),
+            Ok(()) => Some(parts),
             Err(reason) => {
+                tracing::warn!(sprite = %parts.id, reason, "an entry of the pool is of no use; starting from the golden VM");
                 pool::free(&self.0.resources, parts).await;
-                Err(CreateError::Start(reason))
+                None
             }
         }
     }

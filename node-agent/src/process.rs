@@ -9,7 +9,7 @@
 //! # Invariants
 //!
 //! 1. Device state is loaded at most once (ruling 2): [`VmProcess::resume`] renames the state file away and syncs the folder before the VM runs.
-//! 2. A state file that has its final name is whole: it is written beside, synced and renamed.
+//! 2. A state file that has its final name and is named by the note is whole: it is written in QEMU's folder, taken out and synced before the note says so.
 //! 3. The process outlives the node agent: nothing here kills it on drop.
 
 use std::{
@@ -52,6 +52,9 @@ const RESIZE_POLL: Duration = Duration::from_millis(20);
 const CONSOLE_TAIL_CHARS: usize = 2000;
 
 /// Files of one VM. The folder outlives node agent and process.
+///
+/// Only what lies in [`RunDir::qemu`] is QEMU's to write: the rest of the folder is root's, so that a QEMU that was taken over from inside finds no name
+/// in it that root will open, write or believe.
 #[derive(Clone, Debug)]
 pub struct RunDir {
     pub folder: PathBuf,
@@ -59,12 +62,17 @@ pub struct RunDir {
 }
 
 impl RunDir {
+    /// QEMU's own folder: its sockets, and the device state while it writes it.
+    pub fn qemu(&self) -> PathBuf {
+        self.folder.join("qemu")
+    }
+
     pub fn qmp(&self) -> PathBuf {
-        self.folder.join("qmp.sock")
+        self.qemu().join("qmp.sock")
     }
 
     pub fn agent(&self) -> PathBuf {
-        self.folder.join("agent.sock")
+        self.qemu().join("agent.sock")
     }
 
     pub fn nbd(&self) -> PathBuf {
@@ -91,9 +99,35 @@ impl RunDir {
         self.folder.join("memory.img")
     }
 
-    /// The device state goes through this name while it is written.
-    fn unfinished_state(&self) -> PathBuf {
-        self.folder.join("state.tmp")
+    /// Where QEMU writes its device state.
+    pub(crate) fn unfinished_state(&self) -> PathBuf {
+        self.qemu().join("state")
+    }
+
+    /// Makes the folder, and in it QEMU's, which `uid` gets empty.
+    pub(crate) fn prepare(&self, uid: u32) -> io::Result<()> {
+        std::fs::create_dir_all(self.qemu())?;
+        if let Some(folder) = self.memory.parent() {
+            std::fs::create_dir_all(folder)?;
+        }
+        for file in [self.qmp(), self.agent(), self.unfinished_state()] {
+            files::remove_if_there(&file)?;
+        }
+        std::os::unix::fs::chown(self.qemu(), Some(uid), Some(uid))
+    }
+
+    /// Takes the device state that QEMU has written out of its folder, synced.
+    ///
+    /// # Errors
+    ///
+    /// `InvalidData`: QEMU has put something else there than a file.
+    pub(crate) fn keep_state(&self) -> io::Result<()> {
+        std::fs::rename(self.unfinished_state(), self.state())?;
+        if !std::fs::symlink_metadata(self.state())?.is_file() {
+            files::remove_if_there(&self.state())?;
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "QEMU left no file where its state should be"));
+        }
+        std::fs::File::open(self.state())?.sync_all()
     }
 
     /// Everything of a suspended image, wherever it is.
@@ -284,7 +318,7 @@ impl VmProcess {
         note.slot = slot.number();
         let uid = resources.uid(note.slot);
         let prepare = |what: &'static str| move |source: io::Error| StartError::Prepare { what, source };
-        prepare_folder(&run, uid).map_err(prepare("the run folder"))?;
+        run.prepare(uid).map_err(prepare("the run folder"))?;
         let memory = prepare_memory(&run, &source, uid);
         let network = resources.network.attach(note.slot, uid);
         let (memory, net) = tokio::join!(memory, network);
@@ -348,8 +382,7 @@ impl VmProcess {
         let run = self.run.clone();
         let written = note.clone();
         blocking(move || {
-            std::fs::File::open(run.unfinished_state())?.sync_all()?;
-            std::fs::rename(run.unfinished_state(), run.state())?;
+            run.keep_state()?;
             written.write(&run)
         })
         .await
@@ -401,17 +434,6 @@ async fn spend_image(run: &RunDir) -> io::Result<()> {
     .await
 }
 
-fn prepare_folder(run: &RunDir, uid: u32) -> io::Result<()> {
-    std::fs::create_dir_all(&run.folder)?;
-    if let Some(folder) = run.memory.parent() {
-        std::fs::create_dir_all(folder)?;
-    }
-    for socket in [run.qmp(), run.agent()] {
-        files::remove_if_there(&socket)?;
-    }
-    std::os::unix::fs::chown(&run.folder, Some(uid), Some(uid))
-}
-
 /// A fresh copy of the golden memory, or the sprite's own; readable by the VM's user.
 async fn prepare_memory(run: &RunDir, source: &Source<'_>, uid: u32) -> io::Result<()> {
     let memory = run.memory.clone();
@@ -423,9 +445,9 @@ async fn prepare_memory(run: &RunDir, source: &Source<'_>, uid: u32) -> io::Resu
     blocking(move || {
         match golden {
             Some(from) => drop(files::copy_sparse(&from, &memory)?),
-            None => std::os::unix::fs::chown(&spent, Some(uid), Some(uid))?,
+            None => std::os::unix::fs::lchown(&spent, Some(uid), Some(uid))?,
         }
-        std::os::unix::fs::chown(&memory, Some(uid), Some(uid))
+        std::os::unix::fs::lchown(&memory, Some(uid), Some(uid))
     })
     .await
 }
@@ -494,4 +516,22 @@ fn log_tail(spec: &JailSpec) -> String {
 /// Runs file operations off the async threads.
 pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send + 'static) -> io::Result<T> {
     tokio::task::spawn_blocking(work).await.map_err(io::Error::other)?
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_file_is_taken_out_of_qemus_folder() {
+        let folder = tempfile::tempdir().unwrap();
+        let run = RunDir { folder: folder.path().join("run"), memory: folder.path().join("memory") };
+        std::fs::create_dir_all(run.qemu()).unwrap();
+        std::os::unix::fs::symlink("/etc/shadow", run.unfinished_state()).unwrap();
+        assert_eq!(run.keep_state().unwrap_err().kind(), io::ErrorKind::InvalidData);
+        assert!(!run.state().exists());
+        std::fs::write(run.unfinished_state(), "state").unwrap();
+        run.keep_state().unwrap();
+        assert_eq!(std::fs::read(run.state()).unwrap(), b"state");
+    }
 }

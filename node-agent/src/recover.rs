@@ -120,8 +120,15 @@ async fn read_records(resources: &Resources) -> Result<Vec<SpriteRecord>, Recove
         .filter_map(|entry| entry.key.strip_prefix("v1/sprites/")?.strip_suffix("/rec")?.parse().ok())
         .collect();
     let reads = ids.into_iter().map(|id| async move {
-        let record = bucket.read_record::<SpriteRecord>(&record_key(id)).await;
-        record.map_err(|source| RecoverError::Record { id, source })
+        match bucket.read_record::<SpriteRecord>(&record_key(id)).await {
+            Ok(record) => Ok(record),
+            // Of this one sprite; the others must not wait for somebody to mend it.
+            Err(error @ RecordError::Malformed { .. }) => {
+                tracing::error!(sprite = %id, error = chain(&error), "its record is not readable; left alone");
+                Ok(None)
+            }
+            Err(source) => Err(RecoverError::Record { id, source }),
+        }
     });
     let read: Vec<_> = stream::iter(reads).buffer_unordered(PARALLEL).collect().await;
     let mut records = Vec::with_capacity(read.len());
@@ -165,13 +172,21 @@ fn our_qemus(data: &[u8]) -> io::Result<Vec<i32>> {
         // It may end at any time.
         let Ok(status) = entry.metadata() else { continue };
         if Resources::is_vm_uid(status.uid())
-            && std::fs::read(entry.path().join("cmdline"))
-                .is_ok_and(|line| line.windows(data.len()).any(|part| part == data))
+            && std::fs::read(entry.path().join("cmdline")).is_ok_and(|line| names_path_below(&line, data))
         {
             found.push(pid);
         }
     }
     Ok(found)
+}
+
+/// Whether a command line has a path below `folder`. `/srv/a` is not below `/tmp/srv`, nor `/srv-2/a` below `/srv`.
+fn names_path_below(command_line: &[u8], folder: &[u8]) -> bool {
+    let in_path = |byte: &u8| byte.is_ascii_alphanumeric() || b"/._-+".contains(byte);
+    command_line.windows(folder.len() + 1).enumerate().any(|(at, part)| {
+        part.strip_suffix(b"/") == Some(folder)
+            && !at.checked_sub(1).is_some_and(|before| in_path(&command_line[before]))
+    })
 }
 
 async fn free_anonymous(resources: &Resources, note: VmNote) {
@@ -338,4 +353,19 @@ async fn take_up_process(resources: &Resources, parts: &mut Parts, note: VmNote)
         tracing::warn!(sprite = %parts.id, %error, "cannot remove what is left of its VM");
     }
     Found::lost(format!("its VM was lost ({}); its disk is whole to the last fsync", chain(&error)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_paths_below_the_data_folder_are_ours() {
+        let ours = |line: &str| names_path_below(line.as_bytes(), b"/var/lib/sprites/node");
+        assert!(ours("qemu\0-qmp\0unix:/var/lib/sprites/node/vms/x/qmp.sock,server=on"));
+        assert!(ours("qemu\0/var/lib/sprites/node/vms"));
+        assert!(!ours("qemu\0unix:/tmp/x/var/lib/sprites/node/vms/x/qmp.sock"));
+        assert!(!ours("qemu\0unix:/var/lib/sprites/node-2/vms/x/qmp.sock"));
+        assert!(!ours(""));
+    }
 }

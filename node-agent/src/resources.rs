@@ -79,7 +79,7 @@ impl Resources {
         (UID_BASE..UID_BASE + SLOTS).contains(&uid)
     }
 
-    /// How a VM is locked up: it sees its own folder and memory, the golden snapshots and the kernel, nothing else.
+    /// How a VM is locked up: it sees its own folder (and may write in QEMU's part of it) and memory, the golden snapshots and the kernel, nothing else.
     pub fn jail_spec(&self, run: &RunDir, slot: u32, args: Vec<String>, net: &SpriteNet, tap: RawFd) -> JailSpec {
         let uid = self.uid(slot);
         JailSpec {
