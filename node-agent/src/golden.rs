@@ -26,7 +26,7 @@ use crate::{
     process::{RunDir, blocking},
     qemu::{DiskBackend, Start, VmFiles},
     qmp::{Qmp, QmpError},
-    resources::Resources,
+    resources::{MEMORY_FOLDER_FREE_MIB_MIN, Resources},
     vm::change::chain,
 };
 
@@ -57,6 +57,11 @@ pub struct Golden {
 pub enum GoldenError {
     #[error("cannot prepare {what} for the golden VM")]
     Prepare { what: &'static str, source: io::Error },
+    #[error(
+        "{folder}, where the memory of VMs lies, has {free_mib} MiB free and needs {MEMORY_FOLDER_FREE_MIB_MIN}; enlarge it \
+         (mount -o remount,size=75% on a tmpfs), or name another with --memory-dir"
+    )]
+    NoMemory { folder: PathBuf, free_mib: u64 },
     #[error("cannot set up the golden VM's network")]
     Network(#[source] NetError),
     #[error("the golden VM's QEMU does not answer; see {log}")]
@@ -199,6 +204,10 @@ async fn make(resources: &Resources, size: SizeClass, folder: &Path, id: &str) -
     std::fs::create_dir_all(&work.folder).map_err(prepare("its folder"))?;
     std::fs::create_dir_all(&resources.config.memory).map_err(prepare("the memory folder"))?;
     files::remove_if_there(&work.memory).map_err(prepare("its memory"))?;
+    let free_mib = resources.memory_folder_free_mib();
+    if free_mib < MEMORY_FOLDER_FREE_MIB_MIN {
+        return Err(GoldenError::NoMemory { folder: resources.config.memory.clone(), free_mib });
+    }
     let memory = std::fs::File::create(&work.memory).map_err(prepare("its memory"))?;
     memory.set_len(size.memory_bytes()).map_err(prepare("its memory"))?;
     for path in [&work.folder, &work.memory] {
