@@ -71,9 +71,11 @@ with open(path, 'a') as file:
         os.fsync(file.fileno())
         time.sleep(0.02)
 ";
-const START_NUMBERS: &str = "setsid -f python3 ~/numbers.py > /dev/null 2>&1 < /dev/null; until [ -s ~/numbers ]; do sleep 0.05; done; pgrep -f '[n]umbers.py'";
+const NUMBERS_PID: &str = "pgrep --exact --full 'python3 /home/sprite/numbers.py'";
+const START_NUMBERS: &str =
+    "setsid -f python3 ~/numbers.py > /dev/null 2>&1 < /dev/null; until [ -s ~/numbers ]; do sleep 0.05; done";
 /// The last number, if all are right and the file system has no complaints.
-const CHECK_NUMBERS: &str = "awk '$1 != NR { print \"line \" NR \" has \" $1; exit 1 }' ~/numbers && \\
+const CHECK_NUMBERS: &str = "until [ -s ~/numbers ]; do sleep 0.05; done; awk '$1 != NR { print \"line \" NR \" has \" $1; exit 1 }' ~/numbers && \\
     ! sudo dmesg | grep 'EXT4-fs error' && tail -n 1 ~/numbers";
 
 #[test]
@@ -93,8 +95,10 @@ fn memory_goes_on_at_most_once_wherever_the_host_dies() {
 
 fn die_at(cluster: &Cluster, sprite: &Sprite<'_>, step: &Step, qemu_too: bool) {
     println!("{} of {}; QEMU dies too: {qemu_too}", step.what, step.change);
-    let pid = sprite.sh(&format!("pgrep -f '[n]umbers.py' || {{ {START_NUMBERS}; }}"));
+    let pid = sprite.sh(&format!("{NUMBERS_PID} || {{ {START_NUMBERS}; until {NUMBERS_PID}; do sleep 0.05; done; }}"));
     let before = last_number(sprite);
+    // Its memory has something to say beyond what the disk had at its start.
+    sprite.sh(&format!("until [ $(tail -n 1 ~/numbers) -gt {before} ]; do sleep 0.05; done"));
     if step.change == "wake" {
         sprite.cli(&["sleep"]).success();
     }
@@ -116,7 +120,7 @@ fn die_at(cluster: &Cluster, sprite: &Sprite<'_>, step: &Step, qemu_too: bool) {
     assert!(after >= before, "{after} after {before}: what was fsynced is lost ({})", step.what);
     let kept = if qemu_too { step.keeps_memory.1 } else { step.keeps_memory.0 };
     if kept {
-        assert_eq!(sprite.sh("pgrep -f '[n]umbers.py'"), pid, "memory is lost ({})", step.what);
+        assert_eq!(sprite.sh(NUMBERS_PID), pid, "memory is lost ({})", step.what);
     }
 }
 
