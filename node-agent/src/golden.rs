@@ -30,7 +30,7 @@ use crate::{
     process::{RunDir, blocking},
     qemu::{DiskBackend, Start, VmFiles},
     qmp::{Qmp, QmpError},
-    resources::Resources,
+    resources::{MEMORY_FOLDER_FREE_MIB_MIN, Resources},
     vm::change::chain,
 };
 
@@ -67,6 +67,11 @@ pub struct Golden {
 pub enum GoldenError {
     #[error("cannot prepare {what} for the golden VM")]
     Prepare { what: &'static str, source: io::Error },
+    #[error(
+        "{folder}, where the memory of VMs lies, has {free_mib} MiB free and needs {MEMORY_FOLDER_FREE_MIB_MIN}; enlarge it \
+         (mount -o remount,size=75% on a tmpfs), or name another with --memory-dir"
+    )]
+    NoMemory { folder: PathBuf, free_mib: u64 },
     #[error("cannot set up the golden VM's network")]
     Network(#[source] NetError),
     #[error("the golden VM's QEMU does not answer; see {log}")]
@@ -207,6 +212,11 @@ async fn make(resources: &Resources, size: SizeClass, folder: &Path, id: &str) -
     let slot =
         resources.slots.take().ok_or_else(|| prepare("a network slot")(io::Error::other("all slots are in use")))?;
     let uid = resources.uid(slot.number());
+    std::fs::create_dir_all(&resources.config.memory).map_err(prepare("the memory folder"))?;
+    let free_mib = resources.memory_folder_free_mib();
+    if free_mib < MEMORY_FOLDER_FREE_MIB_MIN {
+        return Err(GoldenError::NoMemory { folder: resources.config.memory.clone(), free_mib });
+    }
     let net = resources.network.attach(slot.number(), uid).await.map_err(GoldenError::Network)?;
     let workbench = Workbench { resources, size, slot: slot.number(), net: &net };
     let made = workbench.make().await;

@@ -128,12 +128,15 @@ impl NodeAgent {
             kernel_digest,
             goldens: Default::default(),
         });
+        // Before any VM is started: the living ones keep their slots.
+        let noted = recover::read_notes(&resources).map_err(NodeError::Recover)?;
         progress("making the golden snapshot");
         resources.golden(SizeClass::default()).await.map_err(NodeError::Golden)?;
-        let pool = Pool::start(Arc::clone(&resources), pool_size);
+        let (pool, filling) = Pool::new(Arc::clone(&resources), pool_size);
         let host = Host::new(Arc::clone(&resources), pool);
         progress("taking up sprites");
-        recover::recover(&resources, &host, &progress).await.map_err(NodeError::Recover)?;
+        recover::recover(&resources, &host, noted, &progress).await.map_err(NodeError::Recover)?;
+        tokio::spawn(filling);
         Ok(Self { host })
     }
 

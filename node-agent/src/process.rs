@@ -190,6 +190,8 @@ pub enum StartError {
     Network(#[source] NetError),
     #[error("QEMU did not start; the end of its log: {log}")]
     Launch { log: String, source: QmpError },
+    #[error("QEMU ended while it started; the end of its log: {log}")]
+    Ended { log: String },
     #[error("cannot load the VM's state")]
     Load(#[source] QmpError),
     #[error("the guest does not answer; the end of its console: {console}")]
@@ -340,7 +342,7 @@ impl VmProcess {
         drop(tap);
         note.process = Some(ProcessNote { pid: process.pid(), started: process.started() });
         note.suspended_lsn = None;
-        let loaded = load(&run, &mut note, &source.state(&run), &spec).await;
+        let loaded = load(&run, &mut note, &source.state(&run), &spec, &process).await;
         let started = match loaded {
             Ok(qmp) => connect_agent(&run, &qmp, &process).await.map(|agent| (qmp, agent)),
             Err(error) => Err(error),
@@ -466,17 +468,25 @@ async fn spawn(resources: &Resources, spec: &JailSpec) -> io::Result<Process> {
 }
 
 /// Loads the device state and lets the VM run. The note is on disk before the VM can do anything, so that a next start finds the process.
-async fn load(run: &RunDir, note: &mut VmNote, state: &Path, spec: &JailSpec) -> Result<Qmp, StartError> {
+async fn load(
+    run: &RunDir,
+    note: &mut VmNote,
+    state: &Path,
+    spec: &JailSpec,
+    process: &Process,
+) -> Result<Qmp, StartError> {
     let write = |note: &VmNote| {
         let (note, run) = (note.clone(), run.clone());
         blocking(move || note.write_volatile(&run))
     };
     note.loading = true;
     let loaded = async {
-        let qmp = match Qmp::connect(&run.qmp(), QMP_LIMIT).await {
-            Ok(qmp) => qmp,
-            Err(error) => return Err(StartError::Launch { log: log_tail(spec), source: error }),
+        let qmp_socket = run.qmp();
+        let connected = tokio::select! {
+            connected = Qmp::connect(&qmp_socket, QMP_LIMIT) => connected,
+            () = process.ended() => return Err(StartError::Ended { log: log_tail(spec) }),
         };
+        let qmp = connected.map_err(|source| StartError::Launch { log: log_tail(spec), source })?;
         qmp.load_state(state).await.map_err(StartError::Load)?;
         Ok(qmp)
     };
@@ -508,6 +518,7 @@ async fn connect_agent(run: &RunDir, qmp: &Qmp, process: &Process) -> Result<Age
 
 fn log_tail(spec: &JailSpec) -> String {
     match std::fs::read_to_string(spec.log_path()) {
+        Ok(log) if log.trim().is_empty() => "(empty)".to_owned(),
         Ok(log) => log.lines().rev().take(10).collect::<Vec<_>>().into_iter().rev().collect::<Vec<_>>().join("\n"),
         Err(error) => format!("(no log: {error})"),
     }

@@ -540,7 +540,9 @@ impl Task {
         match event.event {
             Some(guest_event::Event::Activity(activity)) => self.activity(&activity),
             Some(guest_event::Event::Ended(ended)) => {
-                tracing::info!(sprite = %self.id(), reason = ended.reason, "the environment ended inside; starting it again");
+                let event = format!("its environment ended inside ({}) and is started again", ended.reason);
+                tracing::info!(sprite = %self.id(), event);
+                self.status.send_modify(|status| push_event(status, event));
                 self.restart_environment();
             }
             // Requests of programs inside are answered by `inside`, not by the owner.
