@@ -3,7 +3,7 @@
 use std::{
     convert::Infallible,
     os::unix::{fs::PermissionsExt as _, net::UnixListener as StdListener},
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
     time::Duration,
 };
 
@@ -26,7 +26,7 @@ use tokio::{net::UnixListener, sync::Semaphore};
 
 use crate::{
     environment::{Environment, NotRunning},
-    identity::Identity,
+    life::Life,
     log,
     tasks::TaskError,
     watch::{AskError, Hub},
@@ -45,7 +45,7 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(600);
 #[derive(Clone, Debug)]
 pub(crate) struct Api {
     pub(crate) hub: Arc<Hub>,
-    pub(crate) identity: Arc<Mutex<Identity>>,
+    pub(crate) life: Arc<Life>,
 }
 
 /// Serves the socket of an environment that has just started, until it ends.
@@ -122,7 +122,7 @@ fn error(status: StatusCode, message: impl Into<String>) -> Response {
 }
 
 async fn info(State(api): State<Api>) -> Json<Value> {
-    let identity = api.identity.lock().unwrap_or_else(PoisonError::into_inner);
+    let identity = api.life.identity();
     Json(json!({
         "sprite_id": identity.sprite_id,
         "sprite_name": identity.name,
