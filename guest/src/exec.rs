@@ -5,11 +5,13 @@
 
 mod client;
 mod kill;
+mod rate;
 mod resolve;
 mod ring;
 mod session;
 mod signals;
 mod start;
+mod terminal;
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -29,7 +31,7 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tonic::Status;
 
 use self::{
-    session::{About, Attachment, Message, Session},
+    session::{About, Attached, Message, Session},
     start::Begun,
 };
 use crate::{
@@ -50,6 +52,8 @@ const ID_ALPHABET: &[u8; 32] = b"abcdefghijkmnpqrstuvwxyz23456789";
 const ID_LEN: usize = 8;
 /// How exactly the time without a client is counted.
 const LINGER_STEP: Duration = Duration::from_millis(100);
+/// How long one client may keep the others of its session waiting, and with them the command. A phone that changes its network is back sooner.
+const STALLED_MAX: Duration = Duration::from_secs(5);
 const SIZE_DEFAULT: TerminalSize = TerminalSize { rows: 24, cols: 80 };
 
 /// All sessions of this VM.
@@ -87,8 +91,12 @@ pub(crate) struct Counts {
     pub detached_output_bytes: u64,
 }
 
-/// What a client is connected to: its place, and its messages.
-type Connected = (Option<Attachment>, mpsc::Receiver<Message>);
+/// What a client is connected to.
+enum Connected {
+    To(Attached),
+    /// There is no session: only these words and an exit code.
+    Refused(mpsc::Receiver<Message>),
+}
 
 impl Sessions {
     pub(crate) fn new(
@@ -140,19 +148,22 @@ impl Sessions {
         env: BTreeMap<String, String>,
         inputs: tonic::Streaming<ExecInput>,
     ) -> Result<mpsc::Receiver<Message>, Status> {
-        let (attachment, messages) = match first.and_then(|first| first.input) {
+        let connected = match first.and_then(|first| first.input) {
             Some(Input::Start(start)) => self.start(start, env).await?,
             Some(Input::Attach(attach)) => self.attach(&attach)?,
             _ => return Err(Status::invalid_argument("the first input has to be start or attach")),
         };
-        let Some(attachment) = attachment else { return Ok(messages) };
+        let Attached { attachment, backlog, messages } = match connected {
+            Connected::To(attached) => attached,
+            Connected::Refused(messages) => return Ok(messages),
+        };
         let (forward, out) = mpsc::channel(1);
         let ports = self.ports.clone();
         tokio::spawn(async move {
             // Whichever ends first is the disconnect: the attachment is dropped.
             tokio::select! {
                 () = client::take_inputs(&attachment, inputs) => {}
-                () = client::pass_on(messages, &forward, &ports) => {}
+                () = client::pass_on(backlog, messages, &forward, &ports) => {}
                 () = forward.closed() => {}
             }
         });
@@ -161,9 +172,9 @@ impl Sessions {
 
     fn attach(&self, attach: &ExecAttach) -> Result<Connected, Status> {
         let session = self.find(&attach.session_id).map_err(|_gone| not_found(&attach.session_id))?;
-        let (attachment, messages) = session.attach(attach.size).ok_or_else(|| not_found(&attach.session_id))?;
+        let attached = session.attach(attach.size).ok_or_else(|| not_found(&attach.session_id))?;
         self.changed.notify_waiters();
-        Ok((Some(attachment), messages))
+        Ok(Connected::To(attached))
     }
 
     fn find(&self, id: &str) -> Result<Arc<Session>, Gone> {
@@ -185,7 +196,7 @@ impl Sessions {
         match report {
             Report::Running { pid, candidate } => self.register(id, &start, begun, (pid, candidate), place),
             Report::Failed { step: Step::Exec, errno } if errno != libc::E2BIG => {
-                Ok((None, start::refused(id, &start, &begun.command, errno)))
+                Ok(Connected::Refused(start::refused(id, &start, &begun.command, errno)))
             }
             Report::Failed { step, errno } => Err(start::failed(step, errno, &begun.command)),
             Report::Nothing => Err(Status::internal(
@@ -226,13 +237,14 @@ impl Sessions {
             tty: start.tty,
             pid: u32::try_from(pid).unwrap_or_default(),
             max_run: u64::try_from(start.max_run_after_disconnect_ms).ok().map(Duration::from_millis),
+            stalled_max: STALLED_MAX,
             size: start.size.unwrap_or(SIZE_DEFAULT),
         };
         let unstarted = Session::over(about, child.child().clone(), streams)
             .map_err(|error| Status::internal(format!("the command's streams: {error}")))?;
         child.keep();
         let session = Arc::clone(&unstarted.session);
-        let connected = session.attach(start.size);
+        let attached = session.attach(start.size);
         self.table().living.insert(id, Arc::clone(&session));
         self.changed.notify_waiters();
         let sessions = Arc::clone(self);
@@ -250,8 +262,8 @@ impl Sessions {
             }
         });
         tokio::spawn(Arc::clone(self).mind(session));
-        let (attachment, messages) = connected.ok_or_else(|| Status::internal("the session ended before it began"))?;
-        Ok((Some(attachment), messages))
+        let attached = attached.ok_or_else(|| Status::internal("the session ended before it began"))?;
+        Ok(Connected::To(attached))
     }
 
     fn forget(&self, id: &str) {

@@ -18,7 +18,17 @@ use crate::{
 const PORTS_AFTER: Duration = Duration::from_millis(500);
 
 /// Passes the session's messages to its client, and what ports are opened and closed meanwhile.
-pub(super) async fn pass_on(mut messages: mpsc::Receiver<Message>, to: &mpsc::Sender<Message>, ports: &Ports) {
+pub(super) async fn pass_on(
+    backlog: Vec<Output>,
+    mut messages: mpsc::Receiver<Message>,
+    to: &mpsc::Sender<Message>,
+    ports: &Ports,
+) {
+    for output in backlog {
+        if to.send(Ok(ExecOutput { output: Some(output) })).await.is_err() {
+            return;
+        }
+    }
     let mut watching = None;
     let begin = tokio::time::sleep(PORTS_AFTER);
     tokio::pin!(begin);

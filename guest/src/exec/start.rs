@@ -21,6 +21,7 @@ use super::{
     SIZE_DEFAULT,
     resolve::{self, User},
     session::{self, Message, Streams},
+    terminal,
 };
 use crate::{
     init::{self, c_string},
@@ -163,8 +164,7 @@ fn open_terminal(start: &ExecStart, user: &User) -> io::Result<Opened> {
     modes.input_flags.insert(InputFlags::IUTF8);
     tcsetattr(&slave, SetArg::TCSANOW, &modes)?;
     let size = start.size.unwrap_or(SIZE_DEFAULT);
-    let side = |cells: u32| u16::try_from(cells).unwrap_or(u16::MAX).max(1);
-    sys::set_terminal_size(&slave, side(size.rows), side(size.cols))?;
+    terminal::set_size(&slave, size)?;
     let theirs = [init::duplicate(&slave)?, init::duplicate(&slave)?, init::duplicate(&slave)?];
     let master = master.as_fd().try_clone_to_owned()?;
     Ok((Streams::Terminal { master, slave }, theirs))
