@@ -80,7 +80,7 @@ pub(crate) struct Started {
     pub already: bool,
 }
 
-/// What the host should be told of the environment's state.
+/// The environment's state, as the host sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Phase {
     Stopped,
@@ -224,7 +224,7 @@ impl Environment {
             return;
         }
         let why = match exit.code() {
-            // How the kernel tells that reboot(2) was called in a pid namespace.
+            // How the kernel reports that reboot(2) was called in a pid namespace.
             129 => "rebooted from inside".to_owned(),
             130 => "switched off from inside".to_owned(),
             code => format!("its init ended with {code}"),

@@ -45,7 +45,7 @@ use crate::{
 
 /// Sessions at a time, also such that are about to start.
 const SESSIONS_MAX: usize = 512;
-/// Ended sessions that are still told from ones that never were.
+/// Ended sessions that can still be told apart from ones that never were.
 const ENDED_MAX: usize = 256;
 /// Letters and digits of an id, without those that look alike.
 const ID_ALPHABET: &[u8; 32] = b"abcdefghijkmnpqrstuvwxyz23456789";

@@ -1,4 +1,4 @@
-//! Who this VM is, and what time it is. The host tells after every restore, before user code runs (machine-and-vm.md).
+//! Who this VM is, and what time it is. The host says so after every restore, before user code runs (machine-and-vm.md).
 //!
 //! Clones of one golden VM must differ (ruling 21): machine-id, ssh host keys and the file system's UUID are made new in a sprite's first life, from the
 //! kernel's random generator *after* the host's entropy went into it. The kernel's boot_id makes itself at its first read, which is here.

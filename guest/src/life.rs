@@ -9,7 +9,7 @@
 //! # Invariants
 //!
 //! 1. *Begun is done.* A start, and what a configuration changes on the disk, run in tasks of their own: tonic drops a call when the host's session
-//!    breaks off, and a half-started environment would be in everybody's way until the VM ends.
+//!    breaks off, and a half-started environment would be in the way of every later one until the VM ends.
 //! 2. *A repeated call completes.* Its answer means that the identity is on the disk and `api.sock` is served, whoever began.
 //! 3. A golden VM makes no ids: all its clones would share them (ruling 21).
 
@@ -218,7 +218,7 @@ impl Life {
                         log!("no record of the disk: {error}");
                     }
                 }
-                Err(error) => log!("the file system does not tell its UUID: {error}"),
+                Err(error) => log!("cannot read the file system's UUID: {error}"),
             }
             // An anonymous sprite of the pool gets its keys when it is named.
             fresh && !identity.url.is_empty() && identity::drop_ssh_host_keys()

@@ -1,6 +1,6 @@
 //! Which TCP ports programs listen on.
 //!
-//! The kernel does not tell of changes, so `/proc/net/tcp` is read every second, by one task, and only while somebody watches.
+//! The kernel does not report changes, so `/proc/net/tcp` is read every second, by one task, and only while somebody watches.
 
 use std::{
     collections::BTreeMap,

@@ -385,7 +385,7 @@ fn output(stream: Stream, data: Bytes) -> Output {
 }
 
 impl Unstarted {
-    /// Moves bytes until the command has ended and everything it wrote has been passed on. `detached` is told of bytes that no client saw.
+    /// Moves bytes until the command has ended and everything it wrote has been passed on. `detached` gets the number of bytes that no client saw.
     ///
     /// `ended` is called before the last message: from then on nobody can attach.
     pub(super) async fn run(self, detached: impl Fn(usize) + Sync, ended: impl FnOnce()) {
@@ -617,6 +617,14 @@ mod tests {
         // What was printed before it came is in its backlog.
         assert_eq!(second.backlog.len(), 2);
         assert!(matches!(rest(second.messages).await, (0, Some(Ok(ExecOutput { output: Some(Output::Exit(7)) })))));
+    }
+
+    /// A signal to all goes to this group and the command's own: twice to one would be "at once" for many programs.
+    #[tokio::test]
+    async fn a_command_without_a_terminal_has_no_other_group_to_signal() {
+        let session = session();
+        assert_eq!(session.foreground(), None);
+        session.signal_all(Signal::SIGTERM).unwrap();
     }
 
     #[tokio::test]
