@@ -159,7 +159,7 @@ fn sync_rounds(volume: &File, limit: Duration) -> io::Result<()> {
     Ok(())
 }
 
-fn millis(duration: Duration) -> u64 {
+pub(crate) fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 

@@ -1,7 +1,7 @@
 //! One command and its clients.
 //!
 //! ```text
-//!  stdout, stderr or terminal ─▶ pump ─▶ ring ─┬▶ client queue ─▶ gRPC stream (its pace is the command's pace)
+//!  stdout, stderr or terminal ─▶ pump ─▶ ring ─┬▶ client queue ─▶ gRPC stream
 //!                                             └▶ client queue …
 //!  clients ─▶ stdin queue ─▶ writer ─▶ stdin or terminal
 //! ```
@@ -11,6 +11,7 @@
 //! 1. A client sees all output from its attach on, in order, behind what the ring had: both change under one lock.
 //! 2. `exit` is the last message, and comes after everything the command itself wrote.
 //! 3. Without a client a session goes on, and its output goes to the ring only.
+//! 4. The pace of a single client is the command's pace. Of several, one that does not read is dropped, so that it stops neither the others nor the command.
 
 use std::{
     io,
@@ -20,32 +21,38 @@ use std::{
 };
 
 use bytes::{Bytes, BytesMut};
-use nix::sys::signal::{Signal, kill};
+use futures_util::future::join_all;
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use proto::agent::{ExecOutput, Session as Listed, SessionInfo, TerminalSize, exec_output::Output};
 use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _, unix::AsyncFd},
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::unix::pipe,
     sync::{mpsc, watch},
 };
 use tonic::Status;
 
-use super::ring::{Ring, Stream};
-use crate::{reaper::Child, sys};
+use super::{
+    rate::Rate,
+    ring::{Ring, Stream},
+    terminal::Terminal,
+};
+use crate::{log, reaper::Child};
 
 /// Largest message of output.
 const PIECE_BYTES: usize = 64 << 10;
 /// What an attaching client is shown of the past. One message.
 const SCROLLBACK_BYTES: usize = 64 << 10;
-/// Messages on their way to one client; the command waits when they are not read.
+/// Messages of output on their way to one client; the command waits when they are not read.
 const CLIENT_QUEUE: usize = 8;
 /// Messages of stdin on their way to the command; the client waits when it does not read.
 const STDIN_QUEUE: usize = 16;
-/// A command has ended, but something in the background still holds its output: it is over when nothing came for this long,
+/// A command has ended, but something in the background still holds its output: the session is over when nothing came for this long.
 const QUIET: Duration = Duration::from_millis(100);
-/// or when so much came that it cannot be what the command left in the pipe.
+/// It is also over after this much output: more than the command itself can have left in the pipe.
 const LEFTOVER_BYTES_MAX: usize = 1 << 20;
-/// Over which time bytes per second are counted, and for how long a session counts as active.
-const RATE_WINDOW: Duration = Duration::from_secs(5);
 
 pub(super) type Message = Result<ExecOutput, Status>;
 
@@ -79,8 +86,10 @@ pub(super) struct About {
     pub tty: bool,
     /// In the environment's namespace.
     pub pid: u32,
-    /// With no client for so long, it is ended. `None`: never.
+    /// It is ended when it had no client for this long. `None`: never.
     pub max_run: Option<Duration>,
+    /// With several clients, one whose queue stays full for this long is dropped.
+    pub stalled_max: Duration,
     pub size: TerminalSize,
 }
 
@@ -109,10 +118,21 @@ struct State {
     over: bool,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 struct Client {
     number: u64,
     queue: mpsc::Sender<Message>,
+    /// The last message has its place from the beginning: a client that does not read holds up nobody's exit code.
+    last: mpsc::OwnedPermit<Message>,
+}
+
+/// What a client is given.
+#[derive(Debug)]
+pub(super) struct Attached {
+    pub attachment: Attachment,
+    /// Comes first: what the session is, and what it printed last.
+    pub backlog: Vec<Output>,
+    pub messages: mpsc::Receiver<Message>,
 }
 
 /// A client's place in a session. Dropping it is the disconnect.
@@ -124,7 +144,7 @@ pub(super) struct Attachment {
 
 impl Drop for Attachment {
     fn drop(&mut self) {
-        self.session.detach(self.number);
+        drop(self.session.detach(self.number));
     }
 }
 
@@ -197,17 +217,15 @@ impl Session {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A new client: its queue begins with `info` and what the ring has. `None`: the session is over.
-    pub(super) fn attach(
-        self: &Arc<Self>,
-        size: Option<TerminalSize>,
-    ) -> Option<(Attachment, mpsc::Receiver<Message>)> {
+    /// A new client. `None`: the session is over.
+    pub(super) fn attach(self: &Arc<Self>, size: Option<TerminalSize>) -> Option<Attached> {
         let mut state = self.state();
         if state.over {
             return None;
         }
-        let replay = state.ring.replay();
-        let (queue, messages) = mpsc::channel(CLIENT_QUEUE + replay.len() + 1);
+        let (queue, messages) = mpsc::channel(CLIENT_QUEUE + 1);
+        // It always succeeds: nobody else has the queue.
+        let last = queue.clone().try_reserve_owned().ok()?;
         let number = state.next_client;
         state.next_client += 1;
         let is_owner = state.owner.is_none();
@@ -226,23 +244,22 @@ impl Session {
             is_owner,
             tty: self.about.tty,
         };
-        let replay = replay.into_iter().map(|(stream, data)| output(stream, data));
-        for output in std::iter::once(Output::Info(info)).chain(replay) {
-            // There is room: the queue was made for them.
-            drop(queue.try_send(Ok(ExecOutput { output: Some(output) })));
-        }
-        state.clients.push(Client { number, queue });
+        let replay = state.ring.replay().into_iter().map(|(stream, data)| output(stream, data));
+        let backlog = std::iter::once(Output::Info(info)).chain(replay).collect();
+        state.clients.push(Client { number, queue, last });
         self.attached.send_replace(state.clients.len());
-        Some((Attachment { session: Arc::clone(self), number }, messages))
+        Some(Attached { attachment: Attachment { session: Arc::clone(self), number }, backlog, messages })
     }
 
-    fn detach(&self, number: u64) {
+    fn detach(&self, number: u64) -> Option<Client> {
         let mut state = self.state();
-        state.clients.retain(|client| client.number != number);
+        let at = state.clients.iter().position(|client| client.number == number)?;
+        let client = state.clients.remove(at);
         if state.owner == Some(number) {
             state.owner = state.clients.first().map(|client| client.number);
         }
         self.attached.send_replace(state.clients.len());
+        Some(client)
     }
 
     /// Follows the number of clients.
@@ -252,8 +269,7 @@ impl Session {
 
     fn set_size(&self, state: &mut State, size: TerminalSize) {
         let Some(terminal) = &self.terminal else { return };
-        let side = |cells: u32| u16::try_from(cells).unwrap_or(u16::MAX).max(1);
-        if sys::set_terminal_size(terminal.fd.get_ref(), side(size.rows), side(size.cols)).is_ok() {
+        if terminal.resize(size).is_ok() {
             state.size = size;
         }
     }
@@ -265,23 +281,26 @@ impl Session {
 
     /// To the foreground process group of the terminal, else to the command's group.
     pub(super) fn signal(&self, signal: Signal) -> io::Result<()> {
-        if let Some(terminal) = &self.terminal
-            && let Ok(foreground) = nix::unistd::tcgetpgrp(terminal.fd.get_ref())
-            && foreground.as_raw() > 1
-            && foreground.as_raw() != self.child.pid
-        {
-            // It may have ended meanwhile; the shell is told all the same when it cannot be.
-            if kill(nix::unistd::Pid::from_raw(-foreground.as_raw()), signal).is_ok() {
-                return Ok(());
-            }
+        match self.foreground() {
+            // It may have ended meanwhile: then the shell gets the signal.
+            Some(other) if kill(Pid::from_raw(-other.as_raw()), signal).is_ok() => Ok(()),
+            Some(_) | None => self.child.signal_group(signal),
+        }
+    }
+
+    /// To everything that belongs to the command as far as its terminal and group tell; to each group once, because a second SIGINT or SIGTERM means "at
+    /// once, without cleaning up" to many programs.
+    pub(super) fn signal_all(&self, signal: Signal) -> io::Result<()> {
+        if let Some(other) = self.foreground() {
+            // It may have ended meanwhile.
+            let _it_may_have_ended = kill(Pid::from_raw(-other.as_raw()), signal);
         }
         self.child.signal_group(signal)
     }
 
-    /// To everything that belongs to the command as far as its terminal and group tell.
-    pub(super) fn signal_all(&self, signal: Signal) -> io::Result<()> {
-        self.signal(signal)?;
-        self.child.signal_group(signal)
+    /// The terminal's foreground process group, if that is not the command's own.
+    fn foreground(&self) -> Option<Pid> {
+        self.terminal.as_ref()?.foreground().filter(|group| group.as_raw() != self.child.pid)
     }
 
     pub(super) fn listed(&self) -> Listed {
@@ -301,7 +320,7 @@ impl Session {
         }
     }
 
-    /// Gives output to the ring and all clients. Returns how many bytes nobody but the ring saw.
+    /// Gives output to the ring and all clients, and waits until it is on its way to each. Returns how many bytes nobody but the ring saw.
     async fn print(&self, stream: Stream, data: Bytes) -> usize {
         let len = data.len();
         let clients = {
@@ -309,24 +328,50 @@ impl Session {
             state.ring.push(stream, &data);
             state.rate.add(Instant::now(), len);
             state.last_activity_unix_ms = unix_ms();
-            state.clients.clone()
+            state.clients.iter().map(|client| (client.number, client.queue.clone())).collect::<Vec<_>>()
         };
-        for client in &clients {
-            // A client that has left is taken out by its attachment.
-            drop(client.queue.send(Ok(ExecOutput { output: Some(output(stream, data.clone())) })).await);
-        }
+        let gifts = clients.iter().map(|(number, queue)| self.give(*number, queue, output(stream, data.clone())));
+        join_all(gifts).await;
         if clients.is_empty() { len } else { 0 }
     }
 
+    async fn give(&self, number: u64, queue: &mpsc::Sender<Message>, output: Output) {
+        tokio::select! {
+            biased;
+            // A client that has left is taken out by its attachment.
+            place = queue.reserve() => drop(place.map(|place| place.send(Ok(ExecOutput { output: Some(output) })))),
+            () = self.others_waited() => {
+                if let Some(client) = self.detach(number) {
+                    log!("session {}: a client does not read; it is dropped for the others", self.about.id);
+                    client.last.send(Err(Status::aborted(
+                        "this client did not read what the command printed while others waited for it; attach again",
+                    )));
+                }
+            }
+        }
+    }
+
+    /// Ends when the session has had several clients for `stalled_max` without a break. One alone may take its time: its pace is the command's.
+    async fn others_waited(&self) {
+        let mut attached = self.attached.subscribe();
+        loop {
+            // The sender is ours.
+            drop(attached.wait_for(|clients| *clients > 1).await);
+            if tokio::time::timeout(self.about.stalled_max, attached.wait_for(|clients| *clients < 2)).await.is_err() {
+                return;
+            }
+        }
+    }
+
     /// The last message for every client.
-    async fn finish(&self, code: i32) {
+    fn finish(&self, code: i32) {
         let clients = {
             let mut state = self.state();
             state.over = true;
             std::mem::take(&mut state.clients)
         };
         for client in clients {
-            drop(client.queue.send(Ok(ExecOutput { output: Some(Output::Exit(code)) })).await);
+            client.last.send(Ok(ExecOutput { output: Some(Output::Exit(code)) }));
         }
         self.attached.send_replace(0);
     }
@@ -340,7 +385,7 @@ fn output(stream: Stream, data: Bytes) -> Output {
 }
 
 impl Unstarted {
-    /// Moves bytes until the command has ended and everything it wrote has been passed on. `detached` is told of bytes that no client saw.
+    /// Moves bytes until the command has ended and everything it wrote has been passed on. `detached` gets the number of bytes that no client saw.
     ///
     /// `ended` is called before the last message: from then on nobody can attach.
     pub(super) async fn run(self, detached: impl Fn(usize) + Sync, ended: impl FnOnce()) {
@@ -378,7 +423,7 @@ impl Unstarted {
             }
         };
         ended();
-        session.finish(code).await;
+        session.finish(code);
     }
 }
 
@@ -469,70 +514,6 @@ async fn feed_terminal(mut from: mpsc::Receiver<Stdin>, terminal: Arc<Terminal>)
     }
 }
 
-/// The master of a pseudo terminal.
-#[derive(Debug)]
-struct Terminal {
-    fd: AsyncFd<Arc<OwnedFd>>,
-}
-
-impl Terminal {
-    fn new(master: OwnedFd) -> io::Result<Self> {
-        let flags = nix::fcntl::OFlag::O_NONBLOCK | nix::fcntl::OFlag::O_RDWR;
-        nix::fcntl::fcntl(&master, nix::fcntl::FcntlArg::F_SETFL(flags))?;
-        Ok(Self { fd: sys::watch_fd(Arc::new(master))? })
-    }
-
-    /// `EIO`, when the last program has closed the terminal, is the end.
-    async fn read(&self, buffer: &mut BytesMut) -> io::Result<usize> {
-        let mut piece = vec![0; PIECE_BYTES / 4];
-        let read = self.fd.async_io(tokio::io::Interest::READABLE, |fd| Ok(nix::unistd::read(fd, &mut piece)?)).await?;
-        buffer.extend_from_slice(&piece[..read]);
-        Ok(read)
-    }
-
-    async fn write_all(&self, mut data: &[u8]) -> io::Result<()> {
-        while !data.is_empty() {
-            let written =
-                self.fd.async_io(tokio::io::Interest::WRITABLE, |fd| Ok(nix::unistd::write(fd, data)?)).await?;
-            data = &data[written..];
-        }
-        Ok(())
-    }
-}
-
-/// Bytes per second over the last window.
-#[derive(Debug, Default)]
-struct Rate {
-    began: Option<Instant>,
-    current: usize,
-    last: usize,
-}
-
-impl Rate {
-    fn roll(&mut self, now: Instant) -> Duration {
-        let began = *self.began.get_or_insert(now);
-        let age = now.duration_since(began);
-        if age < RATE_WINDOW {
-            return age;
-        }
-        self.last = if age < RATE_WINDOW * 2 { self.current } else { 0 };
-        self.current = 0;
-        self.began = Some(now);
-        Duration::ZERO
-    }
-
-    fn add(&mut self, now: Instant, bytes: usize) {
-        self.roll(now);
-        self.current += bytes;
-    }
-
-    fn per_second(&mut self, now: Instant) -> f64 {
-        let age = self.roll(now);
-        let bytes = u32::try_from(self.last + self.current).unwrap_or(u32::MAX);
-        f64::from(bytes) / (RATE_WINDOW + age).as_secs_f64()
-    }
-}
-
 pub(super) fn unix_ms() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
@@ -541,13 +522,120 @@ pub(super) fn unix_ms() -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::reaper::Reaper;
 
-    #[test]
-    fn a_rate_forgets() {
-        let begun = Instant::now();
-        let mut rate = Rate::default();
-        rate.add(begun, 5000);
-        assert!((rate.per_second(begun) - 1000.0).abs() < 1.0);
-        assert!(rate.per_second(begun + RATE_WINDOW * 3) < f64::EPSILON);
+    const STALLED_MAX: Duration = Duration::from_millis(100);
+    const LIMIT: Duration = Duration::from_secs(20);
+
+    /// A session whose process does not exist: no signal reaches anybody, and it never ends.
+    fn session() -> Arc<Session> {
+        let child = Reaper::default().fork(|| Ok(i32::MAX)).unwrap();
+        let ((stdout, _), (stderr, _)) = (nix::unistd::pipe().unwrap(), nix::unistd::pipe().unwrap());
+        let about = About {
+            id: "test".into(),
+            command: "true".into(),
+            workdir: "/".into(),
+            tty: false,
+            pid: 1,
+            max_run: None,
+            stalled_max: STALLED_MAX,
+            size: TerminalSize::default(),
+        };
+        Session::over(about, child, Streams::Pipes { stdin: None, stdout, stderr }).unwrap().session
+    }
+
+    async fn print(session: &Session, messages: usize) {
+        for _ in 0..messages {
+            session.print(Stream::Stdout, "text".into()).await;
+        }
+    }
+
+    fn is_full(session: &Session) -> bool {
+        session.state().clients[0].queue.capacity() == 0
+    }
+
+    /// All messages that are left: how much was printed, and the last one.
+    async fn rest(mut messages: mpsc::Receiver<Message>) -> (usize, Option<Message>) {
+        let (mut count, mut last) = (0, None);
+        while let Some(message) = messages.recv().await {
+            match message {
+                Ok(ExecOutput { output: Some(Output::Stdout(_)) }) => count += 1,
+                other => last = Some(other),
+            }
+        }
+        (count, last)
+    }
+
+    #[tokio::test]
+    async fn a_client_that_does_not_read_is_dropped_for_the_others() {
+        let session = session();
+        let (stalled, mut reader) = (session.attach(None).unwrap(), session.attach(None).unwrap());
+        let printing = tokio::time::timeout(LIMIT, print(&session, CLIENT_QUEUE * 4));
+        let reading = async {
+            for _ in 0..CLIENT_QUEUE * 4 {
+                reader.messages.recv().await.unwrap().unwrap();
+            }
+        };
+        let (printed, ()) = tokio::join!(printing, reading);
+        printed.expect("a client that does not read stops the command");
+        assert_eq!(*session.attached().borrow(), 1, "it counts as a client no more");
+        let (got, last) = rest(stalled.messages).await;
+        assert_eq!(got, CLIENT_QUEUE);
+        let refusal = last.unwrap().unwrap_err();
+        assert!(refusal.message().contains("attach again"), "{refusal}");
+    }
+
+    #[tokio::test]
+    async fn the_pace_of_a_single_client_is_the_commands() {
+        let session = session();
+        let mut only = session.attach(None).unwrap();
+        let printing = tokio::time::timeout(STALLED_MAX * 3, print(&session, CLIENT_QUEUE + 1)).await;
+        assert!(printing.is_err() && is_full(&session), "the command has to wait for its reader");
+        let reading = async { while only.messages.recv().await.is_some() {} };
+        let printing = async {
+            print(&session, CLIENT_QUEUE * 4).await;
+            session.finish(0);
+        };
+        tokio::join!(reading, printing);
+    }
+
+    #[tokio::test]
+    async fn a_client_that_stalled_alone_is_dropped_once_another_comes() {
+        let session = session();
+        let stalled = session.attach(None).unwrap();
+        let printing = tokio::spawn({
+            let session = Arc::clone(&session);
+            async move { print(&session, CLIENT_QUEUE + 1).await }
+        });
+        while !is_full(&session) {
+            tokio::task::yield_now().await;
+        }
+        let second = session.attach(None).unwrap();
+        tokio::time::timeout(LIMIT, printing).await.expect("still waits for the first client").unwrap();
+        session.finish(7);
+        assert_eq!(rest(stalled.messages).await.0, CLIENT_QUEUE);
+        // What was printed before it came is in its backlog.
+        assert_eq!(second.backlog.len(), 2);
+        assert!(matches!(rest(second.messages).await, (0, Some(Ok(ExecOutput { output: Some(Output::Exit(7)) })))));
+    }
+
+    /// A signal to all goes to this group and the command's own: twice to one would be "at once" for many programs.
+    #[tokio::test]
+    async fn a_command_without_a_terminal_has_no_other_group_to_signal() {
+        let session = session();
+        assert_eq!(session.foreground(), None);
+        session.signal_all(Signal::SIGTERM).unwrap();
+    }
+
+    #[tokio::test]
+    async fn an_exit_code_waits_for_nobody() {
+        let session = session();
+        let (stalled, second) = (session.attach(None).unwrap(), session.attach(None).unwrap());
+        print(&session, CLIENT_QUEUE).await;
+        session.finish(3);
+        for client in [stalled, second] {
+            let (got, last) = rest(client.messages).await;
+            assert!(matches!(last, Some(Ok(ExecOutput { output: Some(Output::Exit(3)) }))) && got == CLIENT_QUEUE);
+        }
     }
 }
