@@ -150,7 +150,7 @@ pub struct VmNote {
     /// The golden snapshot (and with it QEMU, CPU model, kernel, layout) this VM descends from.
     pub snapshot_key: String,
     pub process: Option<ProcessNote>,
-    /// The process has not been told to run yet: nothing is lost with it, and its image, if it had one, is spent.
+    /// Its start is not finished: it does not run yet, or (a copy of the golden VM) its environment has not been started. Nothing is lost with it.
     #[serde(default)]
     pub loading: bool,
     /// Set while the VM is suspended: where in the volume's history the memory belongs (ruling 2).
@@ -200,7 +200,7 @@ pub enum StartError {
     Incompatible { image: String, host: String },
     #[error("its process is gone")]
     Gone(#[source] io::Error),
-    #[error("its process had not begun to run")]
+    #[error("its start was not finished")]
     Unfinished,
     #[error("its process does not end, so its disk cannot be used by another")]
     Unkillable(#[source] io::Error),
@@ -342,7 +342,7 @@ impl VmProcess {
         drop(tap);
         note.process = Some(ProcessNote { pid: process.pid(), started: process.started() });
         note.suspended_lsn = None;
-        let loaded = load(&run, &mut note, &source.state(&run), &spec, &process).await;
+        let loaded = load(&run, &mut note, &source, &spec, &process).await;
         let started = match loaded {
             Ok(qmp) => connect_agent(&run, &qmp, &process).await.map(|agent| (qmp, agent)),
             Err(error) => Err(error),
@@ -358,6 +358,12 @@ impl VmProcess {
                 Err(error)
             }
         }
+    }
+
+    /// The environment of a fresh copy of the golden VM runs: from now on the VM is worth taking up after a restart of the node agent.
+    pub(crate) fn start_is_finished(&mut self) -> io::Result<()> {
+        self.note.loading = false;
+        self.note.write_volatile(&self.run)
     }
 
     /// Stops the vCPUs. Memory and connections stay.
@@ -471,10 +477,11 @@ async fn spawn(resources: &Resources, spec: &JailSpec) -> io::Result<Process> {
 async fn load(
     run: &RunDir,
     note: &mut VmNote,
-    state: &Path,
+    source: &Source<'_>,
     spec: &JailSpec,
     process: &Process,
 ) -> Result<Qmp, StartError> {
+    let state = source.state(run);
     let write = |note: &VmNote| {
         let (note, run) = (note.clone(), run.clone());
         blocking(move || note.write_volatile(&run))
@@ -487,14 +494,15 @@ async fn load(
             () = process.ended() => return Err(StartError::Ended { log: log_tail(spec) }),
         };
         let qmp = connected.map_err(|source| StartError::Launch { log: log_tail(spec), source })?;
-        qmp.load_state(state).await.map_err(StartError::Load)?;
+        qmp.load_state(&state).await.map_err(StartError::Load)?;
         Ok(qmp)
     };
     let (written, loaded) = tokio::join!(write(note), loaded);
     let noted = |source| StartError::Prepare { what: "the VM's note", source };
     written.map_err(noted)?;
     let qmp = loaded?;
-    note.loading = false;
+    // A VM that has its memory again is whole. A copy of the golden VM is not, until its environment runs.
+    note.loading = matches!(source, Source::Golden(_));
     write(note).await.map_err(noted)?;
     qmp.cont().await.map_err(StartError::Load)?;
     Ok(qmp)

@@ -31,7 +31,7 @@ use crate::{
     resources::{Resources, Slot},
     vm::{
         Settled,
-        change::{Image, Parts, chain},
+        change::{Image, Parts, chain, mend_environment},
     },
 };
 
@@ -352,6 +352,9 @@ async fn take_up_process(resources: &Resources, parts: &mut Parts, note: VmNote,
     };
     let error = match VmProcess::adopt(resources, run.clone(), Plan { note, slot, volume }).await {
         Ok((process, paused)) => {
+            if !paused && let Err(error) = mend_environment(&process, parts.record.as_ref()).await {
+                tracing::error!(sprite = %parts.id, error = chain(&error), "its environment does not start");
+            }
             parts.process = Some(process);
             let settled = if paused { Settled::Paused } else { Settled::Running };
             return Found::whole(settled, "went on while the node agent was restarted");
