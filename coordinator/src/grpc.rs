@@ -180,6 +180,7 @@ impl Sprites for SpritesService {
             frozen_ms: reply.frozen_ms,
             local_ms: reply.local_ms,
             bucket_ms: reply.bucket_ms,
+            woken: reply.woken,
         }))
     }
 

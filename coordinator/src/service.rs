@@ -325,6 +325,8 @@ impl Update {
         }
         if let Some(every_ms) = self.wake.every_ms {
             record.wake_every_ms = every_ms;
+            // A new period begins now.
+            record.finish_wakes(now());
         }
     }
 }

@@ -152,6 +152,7 @@ impl Service {
             always_on: new.always_on,
             wake_at: Vec::new(),
             wake_every_ms: None,
+            wakes_done: None,
             deleted: false,
         };
         record.id = self.make_at_node(&record, new.wait_for_capacity, claim).await?;
