@@ -39,6 +39,9 @@ pub struct SpriteRecord {
     /// Timed wakes that were due until then are done, and the period counts from there; before the first of them from the sprite's birth.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub wakes_done: Option<Timestamp>,
+    /// What its maker called the create, so that a repeated one finds this sprite instead of a name that is taken.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub request_id: Option<String>,
     /// Set by destroy before anything is freed.
     #[serde(default)]
     pub deleted: bool,
@@ -182,6 +185,7 @@ mod tests {
             wake_at: wake_at.iter().map(|second| at(*second)).collect(),
             wake_every_ms: every_s.map(|seconds| seconds * 1000),
             wakes_done: None,
+            request_id: None,
             deleted: false,
         }
     }
