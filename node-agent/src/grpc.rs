@@ -93,6 +93,7 @@ impl Node for NodeService {
             frozen_ms: ms(report.frozen),
             local_ms: ms(report.local),
             bucket_ms: ms(report.bucket),
+            woken: report.woken,
         }))
     }
 
@@ -340,7 +341,6 @@ fn order_status(error: OrderError) -> Status {
     match error {
         OrderError::Refused(_) => Status::failed_precondition(error.to_string()),
         OrderError::Failed(_) => Status::internal(error.to_string()),
-        OrderError::Interrupted => Status::aborted(error.to_string()),
         OrderError::ShuttingDown => Status::unavailable(error.to_string()),
     }
 }

@@ -16,6 +16,7 @@ use proto::{
     record::{DISK_BYTES_DEFAULT, SpriteRecord},
 };
 use tokio::sync::{broadcast, oneshot, watch};
+use tokio_util::sync::CancellationToken;
 
 use crate::{
     agent::AgentClient,
@@ -61,6 +62,8 @@ pub(crate) enum TableChange {
 pub struct Running {
     pub agent: AgentClient,
     pub net: Arc<SpriteNet>,
+    /// Cancelled when the VM ends although it is held awake: put to sleep by order, restarted, restored, or dead.
+    pub ended: CancellationToken,
     /// How it was found: `none` (was running), `paused`, `memory`, `disk`.
     pub was: &'static str,
     pub guard: UseGuard,

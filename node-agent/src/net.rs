@@ -212,7 +212,7 @@ impl Network {
         let allowed = parse_all(&config.allowed)?;
         let table = rules::host_table(&names, &denied, &allowed);
         blocking(move || {
-            std::fs::create_dir_all(namespace::FOLDER).map_err(system("create the folder of network namespaces"))?;
+            namespace::set_up_folder().map_err(system("set up the folder of network namespaces"))?;
             std::fs::write("/proc/sys/net/ipv4/ip_forward", "1").map_err(system("switch IPv4 forwarding on"))?;
             rules::load(&table)
         })

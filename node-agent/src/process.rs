@@ -26,6 +26,7 @@ use blockstore::{
 };
 use proto::{id::SpriteId, record::SizeClass};
 use serde::{Deserialize, Serialize};
+use tokio_util::sync::CancellationToken;
 
 use crate::{
     agent::{AgentClient, ConnectError},
@@ -222,6 +223,8 @@ pub struct VmProcess {
     pub note: VmNote,
     pub agent: AgentClient,
     pub net: Arc<SpriteNet>,
+    /// Cancelled when the process ends: connections into the VM are lost with it, and nothing else would say so.
+    pub ended: CancellationToken,
     pub exports: ExportTable,
     pub process: Arc<Process>,
     pub qmp: Qmp,
@@ -312,7 +315,9 @@ impl VmProcess {
             }
             connect_agent(&run, &qmp, &process).await?
         };
-        Ok((Self { run, note, agent, net: Arc::new(net), exports, process, qmp, _slot: slot, _nbd: nbd }, paused))
+        let ended = CancellationToken::new();
+        let net = Arc::new(net);
+        Ok((Self { run, note, agent, net, ended, exports, process, qmp, _slot: slot, _nbd: nbd }, paused))
     }
 
     async fn launch(resources: &Resources, run: RunDir, source: Source<'_>, plan: Plan) -> Result<Self, StartError> {
@@ -349,7 +354,9 @@ impl VmProcess {
         };
         match started {
             Ok((qmp, agent)) => {
-                Ok(Self { run, note, agent, net: Arc::new(net), exports, process, qmp, _slot: slot, _nbd: nbd })
+                let ended = CancellationToken::new();
+                let net = Arc::new(net);
+                Ok(Self { run, note, agent, net, ended, exports, process, qmp, _slot: slot, _nbd: nbd })
             }
             Err(error) => {
                 // Nobody would hold it: it must not go on with the disk.
@@ -422,8 +429,9 @@ impl VmProcess {
         }
     }
 
-    /// Ends the process at once.
+    /// Ends the process at once, and every connection into the VM.
     pub async fn kill(&self) -> io::Result<()> {
+        self.ended.cancel();
         self.process.kill(KILL_LIMIT).await
     }
 }
