@@ -76,7 +76,7 @@ pub enum WakeError {
     NotHere(SpriteId),
     #[error("this host has no room to wake sprite {0}; retry, or free memory")]
     NoCapacity(SpriteId),
-    #[error("sprite {sprite} cannot start: {reason}")]
+    #[error("sprite {sprite} cannot start: {reason}; the next request tries a boot from its disk")]
     Failed { sprite: SpriteId, reason: String },
     #[error("sprite {0} did not come up within {WAKE_LIMIT:?}")]
     Timeout(SpriteId),
