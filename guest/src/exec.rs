@@ -5,6 +5,7 @@
 
 mod client;
 mod kill;
+mod pump;
 mod rate;
 mod resolve;
 mod ring;
