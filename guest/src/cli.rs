@@ -310,7 +310,7 @@ mod tests {
     }
 
     #[test]
-    fn nonsense_is_told() {
+    fn nonsense_is_refused() {
         for bad in [
             &["fly"][..],
             &["checkpoints", "restore"],

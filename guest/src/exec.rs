@@ -2,9 +2,13 @@
 //!
 //! A session outlives its clients and the control channel: one with a terminal for ever, one without for as long as its client asked for, counted only
 //! while a host is connected.
+//!
+//! Here is the table of all sessions. [`start`] forks a command, [`session`] is one command and its clients, [`pump`] moves its bytes, [`client`] serves one
+//! client, and [`kill`] ends what is to end.
 
 mod client;
 mod kill;
+mod pump;
 mod rate;
 mod resolve;
 mod ring;
@@ -43,7 +47,7 @@ use crate::{
     spawn::{Report, Step},
 };
 
-/// Sessions at a time, also such that are about to start.
+/// Sessions at a time, including those that are about to start.
 const SESSIONS_MAX: usize = 512;
 /// Ended sessions that can still be told apart from ones that never were.
 const ENDED_MAX: usize = 256;
@@ -52,8 +56,8 @@ const ID_ALPHABET: &[u8; 32] = b"abcdefghijkmnpqrstuvwxyz23456789";
 const ID_LEN: usize = 8;
 /// How exactly the time without a client is counted.
 const LINGER_STEP: Duration = Duration::from_millis(100);
-/// How long one client may keep the others of its session waiting, and with them the command. A phone that changes its network is back sooner.
-const STALLED_MAX: Duration = Duration::from_secs(5);
+/// How long one client may keep the others of its session waiting, and with them the command. A laptop that changes its network is back sooner.
+const STALLED_MAX: Duration = Duration::from_secs(10);
 const SIZE_DEFAULT: TerminalSize = TerminalSize { rows: 24, cols: 80 };
 
 /// All sessions of this VM.

@@ -6,7 +6,8 @@ use proto::agent::{ExecInput, ExecOutput, exec_input::Input, exec_output::Output
 use tokio::sync::{mpsc, watch};
 
 use super::{
-    session::{Attachment, Message, Stdin},
+    pump::Stdin,
+    session::{Attachment, Message},
     signals,
 };
 use crate::{

@@ -15,67 +15,36 @@
 
 use std::{
     io,
-    os::fd::OwnedFd,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use futures_util::future::join_all;
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
 use proto::agent::{ExecOutput, Session as Listed, SessionInfo, TerminalSize, exec_output::Output};
-use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _},
-    net::unix::pipe,
-    sync::{mpsc, watch},
-};
+use tokio::sync::{mpsc, watch};
 use tonic::Status;
 
 use super::{
+    pump::{Ends, Stdin, Streams, Unstarted},
     rate::Rate,
     ring::{Ring, Stream},
     terminal::Terminal,
 };
 use crate::{log, reaper::Child};
 
-/// Largest message of output.
-const PIECE_BYTES: usize = 64 << 10;
-/// What an attaching client is shown of the past. One message.
+/// What an attaching client is shown of the past.
 const SCROLLBACK_BYTES: usize = 64 << 10;
 /// Messages of output on their way to one client; the command waits when they are not read.
 const CLIENT_QUEUE: usize = 8;
 /// Messages of stdin on their way to the command; the client waits when it does not read.
 const STDIN_QUEUE: usize = 16;
-/// A command has ended, but something in the background still holds its output: the session is over when nothing came for this long.
-const QUIET: Duration = Duration::from_millis(100);
-/// It is also over after this much output: more than the command itself can have left in the pipe.
-const LEFTOVER_BYTES_MAX: usize = 1 << 20;
 
 pub(super) type Message = Result<ExecOutput, Status>;
-
-/// Ends of a command's streams, from PID 1's side.
-#[derive(Debug)]
-pub(super) enum Streams {
-    Pipes {
-        stdin: Option<OwnedFd>,
-        stdout: OwnedFd,
-        stderr: OwnedFd,
-    },
-    /// Both ends: ours of the programs' side keeps the terminal alive until the command has ended, should it close all of its own.
-    Terminal {
-        master: OwnedFd,
-        slave: OwnedFd,
-    },
-}
-
-#[derive(Debug)]
-pub(super) enum Stdin {
-    Data(Bytes),
-    Eof,
-}
 
 /// What a session is.
 #[derive(Clone, Debug)]
@@ -162,35 +131,11 @@ impl Attachment {
     }
 }
 
-/// The session's part that the service does not see: what has to be run.
-#[derive(Debug)]
-pub(super) struct Unstarted {
-    pub session: Arc<Session>,
-    streams: Ends,
-    stdin: mpsc::Receiver<Stdin>,
-}
-
-#[derive(Debug)]
-enum Ends {
-    Pipes { stdin: Option<pipe::Sender>, stdout: pipe::Receiver, stderr: pipe::Receiver },
-    Terminal(Arc<Terminal>, OwnedFd),
-}
-
 impl Session {
     /// Registers a command that runs already. Its output waits in the kernel until [`Unstarted::run`].
     pub(super) fn over(about: About, child: Child, streams: Streams) -> io::Result<Unstarted> {
         let (queue, stdin) = mpsc::channel(STDIN_QUEUE);
-        let (streams, terminal) = match streams {
-            Streams::Pipes { stdin, stdout, stderr } => {
-                let stdin = stdin.map(pipe::Sender::from_owned_fd).transpose()?;
-                let (stdout, stderr) = (pipe::Receiver::from_owned_fd(stdout)?, pipe::Receiver::from_owned_fd(stderr)?);
-                (Ends::Pipes { stdin, stdout, stderr }, None)
-            }
-            Streams::Terminal { master, slave } => {
-                let terminal = Arc::new(Terminal::new(master)?);
-                (Ends::Terminal(Arc::clone(&terminal), slave), Some(terminal))
-            }
-        };
+        let ends = Ends::of(streams)?;
         let state = State {
             ring: Ring::new(SCROLLBACK_BYTES),
             clients: Vec::new(),
@@ -205,12 +150,12 @@ impl Session {
             about,
             child,
             created_unix_ms: unix_ms(),
-            terminal,
+            terminal: ends.terminal(),
             stdin: queue,
             state: Mutex::new(state),
             attached: watch::Sender::new(0),
         });
-        Ok(Unstarted { session, streams, stdin })
+        Ok(Unstarted { session, ends, stdin })
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -321,7 +266,7 @@ impl Session {
     }
 
     /// Gives output to the ring and all clients, and waits until it is on its way to each. Returns how many bytes nobody but the ring saw.
-    async fn print(&self, stream: Stream, data: Bytes) -> usize {
+    pub(super) async fn print(&self, stream: Stream, data: Bytes) -> usize {
         let len = data.len();
         let clients = {
             let mut state = self.state();
@@ -364,7 +309,7 @@ impl Session {
     }
 
     /// The last message for every client.
-    fn finish(&self, code: i32) {
+    pub(super) fn finish(&self, code: i32) {
         let clients = {
             let mut state = self.state();
             state.over = true;
@@ -384,258 +329,10 @@ fn output(stream: Stream, data: Bytes) -> Output {
     }
 }
 
-impl Unstarted {
-    /// Moves bytes until the command has ended and everything it wrote has been passed on. `detached` gets the number of bytes that no client saw.
-    ///
-    /// `ended` is called before the last message: from then on nobody can attach.
-    pub(super) async fn run(self, detached: impl Fn(usize) + Sync, ended: impl FnOnce()) {
-        let Self { session, streams, stdin } = self;
-        let (over, end) = watch::channel(false);
-        let exit = async {
-            let exit = session.child.ended().await;
-            over.send_replace(true);
-            exit.code()
-        };
-        let code = match streams {
-            Ends::Pipes { stdin: sink, stdout, stderr } => {
-                let writer = tokio::spawn(feed_pipe(stdin, sink));
-                let (code, out, err) = tokio::join!(
-                    exit,
-                    pump(&session, Stream::Stdout, stdout, end.clone(), &detached),
-                    pump(&session, Stream::Stderr, stderr, end, &detached),
-                );
-                writer.abort();
-                for rest in [out, err].into_iter().flatten() {
-                    tokio::spawn(discard(rest));
-                }
-                code
-            }
-            Ends::Terminal(terminal, slave) => {
-                let writer = tokio::spawn(feed_terminal(stdin, Arc::clone(&terminal)));
-                let exit = async {
-                    let code = exit.await;
-                    drop(slave);
-                    code
-                };
-                let (code, _rest) = tokio::join!(exit, pump(&session, Stream::Stdout, &*terminal, end, &detached));
-                writer.abort();
-                code
-            }
-        };
-        ended();
-        session.finish(code);
-    }
-}
-
-/// Something output is read from.
-trait Source {
-    /// Appends what is there; waits if there is nothing. 0: the end.
-    async fn read(&mut self, buffer: &mut BytesMut) -> io::Result<usize>;
-}
-
-impl Source for pipe::Receiver {
-    async fn read(&mut self, buffer: &mut BytesMut) -> io::Result<usize> {
-        self.read_buf(buffer).await
-    }
-}
-
-impl Source for &Terminal {
-    async fn read(&mut self, buffer: &mut BytesMut) -> io::Result<usize> {
-        Terminal::read(self, buffer).await
-    }
-}
-
-/// Passes output on until its end, or until the command has ended and its output is quiet. Returns a source that is still held by something.
-async fn pump<S: Source>(
-    session: &Session,
-    stream: Stream,
-    mut from: S,
-    mut end: watch::Receiver<bool>,
-    detached: impl Fn(usize),
-) -> Option<S> {
-    let mut leftover = 0;
-    let mut buffer = BytesMut::new();
-    loop {
-        buffer.reserve(PIECE_BYTES);
-        let over = *end.borrow_and_update();
-        let read = tokio::select! {
-            biased;
-            read = from.read(&mut buffer) => read,
-            // Looks again with the limit of what has ended.
-            _ = end.changed(), if !over => continue,
-            () = tokio::time::sleep(QUIET), if over => return Some(from),
-        };
-        let Ok(1..) = read else { return None };
-        while !buffer.is_empty() {
-            let len = buffer.len().min(PIECE_BYTES);
-            let unseen = session.print(stream, buffer.split_to(len).freeze()).await;
-            if unseen > 0 {
-                detached(unseen);
-            }
-            leftover += if over { len } else { 0 };
-        }
-        if leftover > LEFTOVER_BYTES_MAX {
-            return Some(from);
-        }
-    }
-}
-
-/// Reads and drops what background processes go on writing, so that they do not die of a closed pipe.
-async fn discard(mut from: pipe::Receiver) {
-    let mut buffer = BytesMut::with_capacity(PIECE_BYTES / 16);
-    while let Ok(1..) = from.read_buf(&mut buffer).await {
-        buffer.clear();
-    }
-}
-
-async fn feed_pipe(mut from: mpsc::Receiver<Stdin>, mut to: Option<pipe::Sender>) {
-    while let Some(input) = from.recv().await {
-        match (input, &mut to) {
-            (Stdin::Data(data), Some(sink)) => {
-                if sink.write_all(&data).await.is_err() {
-                    // The command has closed its stdin; what comes is dropped, so that its client does not wait.
-                    to = None;
-                }
-            }
-            (Stdin::Eof, _) => to = None,
-            (Stdin::Data(_), None) => {}
-        }
-    }
-}
-
-async fn feed_terminal(mut from: mpsc::Receiver<Stdin>, terminal: Arc<Terminal>) {
-    while let Some(input) = from.recv().await {
-        // In a terminal the end of input is a key.
-        if let Stdin::Data(data) = input
-            && terminal.write_all(&data).await.is_err()
-        {
-            return;
-        }
-    }
-}
-
 pub(super) fn unix_ms() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::reaper::Reaper;
-
-    const STALLED_MAX: Duration = Duration::from_millis(100);
-    const LIMIT: Duration = Duration::from_secs(20);
-
-    /// A session whose process does not exist: no signal reaches anybody, and it never ends.
-    fn session() -> Arc<Session> {
-        let child = Reaper::default().fork(|| Ok(i32::MAX)).unwrap();
-        let ((stdout, _), (stderr, _)) = (nix::unistd::pipe().unwrap(), nix::unistd::pipe().unwrap());
-        let about = About {
-            id: "test".into(),
-            command: "true".into(),
-            workdir: "/".into(),
-            tty: false,
-            pid: 1,
-            max_run: None,
-            stalled_max: STALLED_MAX,
-            size: TerminalSize::default(),
-        };
-        Session::over(about, child, Streams::Pipes { stdin: None, stdout, stderr }).unwrap().session
-    }
-
-    async fn print(session: &Session, messages: usize) {
-        for _ in 0..messages {
-            session.print(Stream::Stdout, "text".into()).await;
-        }
-    }
-
-    fn is_full(session: &Session) -> bool {
-        session.state().clients[0].queue.capacity() == 0
-    }
-
-    /// All messages that are left: how much was printed, and the last one.
-    async fn rest(mut messages: mpsc::Receiver<Message>) -> (usize, Option<Message>) {
-        let (mut count, mut last) = (0, None);
-        while let Some(message) = messages.recv().await {
-            match message {
-                Ok(ExecOutput { output: Some(Output::Stdout(_)) }) => count += 1,
-                other => last = Some(other),
-            }
-        }
-        (count, last)
-    }
-
-    #[tokio::test]
-    async fn a_client_that_does_not_read_is_dropped_for_the_others() {
-        let session = session();
-        let (stalled, mut reader) = (session.attach(None).unwrap(), session.attach(None).unwrap());
-        let printing = tokio::time::timeout(LIMIT, print(&session, CLIENT_QUEUE * 4));
-        let reading = async {
-            for _ in 0..CLIENT_QUEUE * 4 {
-                reader.messages.recv().await.unwrap().unwrap();
-            }
-        };
-        let (printed, ()) = tokio::join!(printing, reading);
-        printed.expect("a client that does not read stops the command");
-        assert_eq!(*session.attached().borrow(), 1, "it counts as a client no more");
-        let (got, last) = rest(stalled.messages).await;
-        assert_eq!(got, CLIENT_QUEUE);
-        let refusal = last.unwrap().unwrap_err();
-        assert!(refusal.message().contains("attach again"), "{refusal}");
-    }
-
-    #[tokio::test]
-    async fn the_pace_of_a_single_client_is_the_commands() {
-        let session = session();
-        let mut only = session.attach(None).unwrap();
-        let printing = tokio::time::timeout(STALLED_MAX * 3, print(&session, CLIENT_QUEUE + 1)).await;
-        assert!(printing.is_err() && is_full(&session), "the command has to wait for its reader");
-        let reading = async { while only.messages.recv().await.is_some() {} };
-        let printing = async {
-            print(&session, CLIENT_QUEUE * 4).await;
-            session.finish(0);
-        };
-        tokio::join!(reading, printing);
-    }
-
-    #[tokio::test]
-    async fn a_client_that_stalled_alone_is_dropped_once_another_comes() {
-        let session = session();
-        let stalled = session.attach(None).unwrap();
-        let printing = tokio::spawn({
-            let session = Arc::clone(&session);
-            async move { print(&session, CLIENT_QUEUE + 1).await }
-        });
-        while !is_full(&session) {
-            tokio::task::yield_now().await;
-        }
-        let second = session.attach(None).unwrap();
-        tokio::time::timeout(LIMIT, printing).await.expect("still waits for the first client").unwrap();
-        session.finish(7);
-        assert_eq!(rest(stalled.messages).await.0, CLIENT_QUEUE);
-        // What was printed before it came is in its backlog.
-        assert_eq!(second.backlog.len(), 2);
-        assert!(matches!(rest(second.messages).await, (0, Some(Ok(ExecOutput { output: Some(Output::Exit(7)) })))));
-    }
-
-    /// A signal to all goes to this group and the command's own: twice to one would be "at once" for many programs.
-    #[tokio::test]
-    async fn a_command_without_a_terminal_has_no_other_group_to_signal() {
-        let session = session();
-        assert_eq!(session.foreground(), None);
-        session.signal_all(Signal::SIGTERM).unwrap();
-    }
-
-    #[tokio::test]
-    async fn an_exit_code_waits_for_nobody() {
-        let session = session();
-        let (stalled, second) = (session.attach(None).unwrap(), session.attach(None).unwrap());
-        print(&session, CLIENT_QUEUE).await;
-        session.finish(3);
-        for client in [stalled, second] {
-            let (got, last) = rest(client.messages).await;
-            assert!(matches!(last, Some(Ok(ExecOutput { output: Some(Output::Exit(3)) }))) && got == CLIENT_QUEUE);
-        }
-    }
-}
+mod tests;

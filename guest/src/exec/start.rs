@@ -19,8 +19,9 @@ use tonic::Status;
 
 use super::{
     SIZE_DEFAULT,
+    pump::Streams,
     resolve::{self, User},
-    session::{self, Message, Streams},
+    session::{self, Message},
     terminal,
 };
 use crate::{
