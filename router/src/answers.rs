@@ -9,8 +9,10 @@
 //!
 //! 1. *Single flight.* However many requests want a key, at most one question about it is on its way (two, if one of them must not accept what
 //!    was asked before).
-//! 2. *Static stability* (ruling 26). An answer outlives its freshness for as long as coordinators are away, up to [`Policy::stale_for`].
-//! 3. *Bounded.* Absent keys are remembered apart from known ones: a flood of inventions cannot push out what is true.
+//! 2. *A question outlives those who ask.* It runs in a task of its own, so that an answer that comes too late for them still counts for the
+//!    next ones: a slow coordinator does not keep old answers alive.
+//! 3. *Static stability* (ruling 26). An answer outlives its freshness for as long as coordinators are away, up to [`Policy::stale_for`].
+//! 4. *Bounded.* Absent keys are remembered apart from known ones: a flood of inventions cannot push out what is true.
 
 use std::{
     collections::HashMap,
@@ -20,13 +22,14 @@ use std::{
 };
 
 use tokio::{
-    sync::OnceCell,
+    sync::watch,
     time::{Instant, timeout},
 };
+use tonic::Status;
 
 use crate::control::Unavailable;
 
-/// With an old answer at hand we do not wait long for a coordinator that may be gone.
+/// With an old answer at hand we do not wait long for a coordinator that may be gone. The question goes on.
 const PATIENCE_WITH_STALE: Duration = Duration::from_millis(500);
 /// How long an old answer is used before coordinators are asked again.
 const PAUSE_AFTER_FAILURE: Duration = Duration::from_secs(1);
@@ -40,16 +43,25 @@ pub(crate) struct Policy {
     pub(crate) capacity: usize,
 }
 
-/// A cache of coordinators' answers about keys of one kind.
+/// "This is it", "there is none", or no coordinator said.
+type Outcome<V> = Result<Option<V>, Unavailable>;
+
+/// A cache of coordinators' answers about keys of one kind. Clones share it.
 pub(crate) struct Answers<K, V> {
     policy: Policy,
-    memory: Mutex<Memory<K, V>>,
+    memory: Arc<Mutex<Memory<K, V>>>,
+}
+
+impl<K, V> Clone for Answers<K, V> {
+    fn clone(&self) -> Self {
+        Self { policy: self.policy, memory: Arc::clone(&self.memory) }
+    }
 }
 
 struct Memory<K, V> {
     known: HashMap<K, Known<V>>,
     absent: HashMap<K, Instant>,
-    flights: HashMap<K, Arc<Flight<V>>>,
+    flights: HashMap<K, Flight<V>>,
 }
 
 struct Known<V> {
@@ -59,28 +71,34 @@ struct Known<V> {
     forget_at: Instant,
 }
 
+/// A question that is on its way.
 struct Flight<V> {
     began_at: Instant,
-    answer: OnceCell<Result<Option<V>, Unavailable>>,
+    answer: watch::Receiver<Option<Outcome<V>>>,
 }
 
-impl<K: Clone + Eq + Hash, V: Clone> Answers<K, V> {
+impl<K, V> Answers<K, V>
+where
+    K: Clone + Eq + Hash + Send + 'static,
+    V: Clone + Send + Sync + 'static,
+{
     pub(crate) fn new(policy: Policy) -> Self {
         let memory = Memory { known: HashMap::new(), absent: HashMap::new(), flights: HashMap::new() };
-        Self { policy, memory: Mutex::new(memory) }
+        Self { policy, memory: Arc::new(Mutex::new(memory)) }
     }
 
     /// What is known about `key`; `ask` is called if that is not fresh, or was asked before `not_before`. `None`: there is no such thing.
     ///
-    /// An answer that is older than `not_before` is never returned, unless no coordinator answers.
+    /// An answer that is older than `not_before` is never returned, unless no coordinator answers. What `ask` returns must end by itself:
+    /// nobody cancels it.
     pub(crate) async fn get<A>(
         &self,
         key: &K,
         not_before: Option<Instant>,
-        ask: impl FnOnce() -> A,
-    ) -> Result<Option<V>, Unavailable>
+        ask: impl FnOnce() -> A + Send + 'static,
+    ) -> Outcome<V>
     where
-        A: Future<Output = Result<Option<V>, Unavailable>>,
+        A: Future<Output = Outcome<V>> + Send + 'static,
     {
         let now = Instant::now();
         let stale = {
@@ -99,10 +117,11 @@ impl<K: Clone + Eq + Hash, V: Clone> Answers<K, V> {
                 }
             }
         };
+        let answer = landed(self.ask_once(key, not_before, ask));
         let Some(stale) = stale else {
-            return self.fly(key, not_before, ask).await;
+            return answer.await;
         };
-        match timeout(PATIENCE_WITH_STALE, self.fly(key, not_before, ask)).await {
+        match timeout(PATIENCE_WITH_STALE, answer).await {
             Ok(Ok(answer)) => Ok(answer),
             Ok(Err(_)) | Err(_) => {
                 if let Some(known) = self.lock().known.get_mut(key) {
@@ -113,39 +132,35 @@ impl<K: Clone + Eq + Hash, V: Clone> Answers<K, V> {
         }
     }
 
-    /// Joins the question that is on its way, or asks.
-    async fn fly<A>(
+    /// Joins the question that is on its way, or sends one off.
+    fn ask_once<A>(
         &self,
         key: &K,
         not_before: Option<Instant>,
-        ask: impl FnOnce() -> A,
-    ) -> Result<Option<V>, Unavailable>
+        ask: impl FnOnce() -> A + Send + 'static,
+    ) -> watch::Receiver<Option<Outcome<V>>>
     where
-        A: Future<Output = Result<Option<V>, Unavailable>>,
+        A: Future<Output = Outcome<V>> + Send + 'static,
     {
-        let flight = {
-            let mut memory = self.lock();
-            let joined =
-                memory.flights.get(key).filter(|flight| not_before.is_none_or(|limit| flight.began_at >= limit));
-            match joined {
-                Some(flight) => Arc::clone(flight),
-                None => {
-                    let flight = Arc::new(Flight { began_at: Instant::now(), answer: OnceCell::new() });
-                    memory.flights.insert(key.clone(), Arc::clone(&flight));
-                    flight
-                }
+        let mut memory = self.lock();
+        if let Some(flight) = memory.flights.get(key)
+            && not_before.is_none_or(|limit| flight.began_at >= limit)
+        {
+            return flight.answer.clone();
+        }
+        let began_at = Instant::now();
+        let (tell, answer) = watch::channel(None);
+        memory.flights.insert(key.clone(), Flight { began_at, answer: answer.clone() });
+        let guard = FlightGuard { answers: self.clone(), key: key.clone(), answer: answer.clone() };
+        tokio::spawn(async move {
+            let outcome = ask().await;
+            if let Ok(found) = &outcome {
+                guard.answers.learn(&guard.key, found.clone(), began_at);
             }
-        };
-        // Removed also when every request that waited has gone away.
-        let _landing = Landing { answers: self, key, flight: &flight };
-        let answer = flight.answer.get_or_init(async || {
-            let answer = ask().await;
-            if let Ok(answer) = &answer {
-                self.learn(key, answer.clone(), flight.began_at);
-            }
-            answer
+            drop(guard);
+            tell.send_replace(Some(outcome));
         });
-        answer.await.clone()
+        answer
     }
 
     /// Remembers what was true at `asked_at`, unless something newer is known.
@@ -177,20 +192,24 @@ impl<K: Clone + Eq + Hash, V: Clone> Answers<K, V> {
     }
 }
 
-struct Landing<'a, K: Eq + Hash, V> {
-    answers: &'a Answers<K, V>,
-    key: &'a K,
-    flight: &'a Arc<Flight<V>>,
+async fn landed<V: Clone>(mut answer: watch::Receiver<Option<Outcome<V>>>) -> Outcome<V> {
+    let outcome = answer.wait_for(Option::is_some).await.ok().and_then(|outcome| outcome.clone());
+    outcome.unwrap_or_else(|| Err(Status::cancelled("the question was given up").into()))
 }
 
-impl<K: Eq + Hash, V> Drop for Landing<'_, K, V> {
+/// Takes a flight out of the table however its task ends.
+struct FlightGuard<K: Eq + Hash, V> {
+    answers: Answers<K, V>,
+    key: K,
+    answer: watch::Receiver<Option<Outcome<V>>>,
+}
+
+impl<K: Eq + Hash, V> Drop for FlightGuard<K, V> {
     fn drop(&mut self) {
         let mut memory = self.answers.memory.lock().unwrap_or_else(PoisonError::into_inner);
-        let ours = memory.flights.get(self.key).is_some_and(|flight| Arc::ptr_eq(flight, self.flight));
-        // Two holders: the table and we, the last of those who waited.
-        let over = self.flight.answer.initialized() || Arc::strong_count(self.flight) <= 2;
-        if ours && over {
-            memory.flights.remove(self.key);
+        // A later question, for one who would not accept ours, may have taken the place.
+        if memory.flights.get(&self.key).is_some_and(|flight| flight.answer.same_channel(&self.answer)) {
+            memory.flights.remove(&self.key);
         }
     }
 }
@@ -223,7 +242,11 @@ mod tests {
         capacity: 4,
     };
 
-    impl<K: Clone + Eq + Hash, V: Clone> Answers<K, V> {
+    impl<K, V> Answers<K, V>
+    where
+        K: Clone + Eq + Hash + Send + 'static,
+        V: Clone + Send + Sync + 'static,
+    {
         /// Everything was learned by so much earlier.
         fn age(&self, by: Duration) {
             let mut memory = self.lock();
@@ -243,7 +266,7 @@ mod tests {
     #[tokio::test]
     async fn an_answer_is_used_while_fresh_and_asked_again_after() {
         let answers = Answers::<&str, u32>::new(POLICY);
-        let get = async |value| answers.get(&"k", None, async || Ok(Some(value))).await.unwrap();
+        let get = async |value| answers.get(&"k", None, async move || Ok(Some(value))).await.unwrap();
         assert_eq!(get(1).await, Some(1));
         assert_eq!(get(2).await, Some(1));
         answers.age(Duration::from_millis(1001));
@@ -269,7 +292,43 @@ mod tests {
         answers.age(Duration::from_secs(2));
         assert_eq!(answers.get(&"k", None, std::future::pending).await.unwrap(), Some(1));
         answers.age(Duration::from_secs(30));
+        // Not the question that still hangs.
+        answers.get(&"k", Some(Instant::now()), async || gone()).await.unwrap_err();
+    }
+
+    #[tokio::test]
+    async fn a_slow_coordinator_is_believed_once_it_has_answered() {
+        let answers = Answers::<&str, u32>::new(POLICY);
+        answers.get(&"k", None, async || Ok(Some(1))).await.unwrap();
+        answers.age(Duration::from_secs(2));
+        let gate = Arc::new(Semaphore::new(0));
+        let of_question = Arc::clone(&gate);
+        let slow = async move || {
+            let _permit = of_question.acquire().await.unwrap();
+            Ok(Some(2))
+        };
+        assert_eq!(answers.get(&"k", None, slow).await.unwrap(), Some(1), "nobody waits for it");
+        gate.add_permits(1);
+        while !answers.lock().flights.is_empty() {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(answers.get(&"k", None, async || gone()).await.unwrap(), Some(2));
+    }
+
+    #[tokio::test]
+    async fn an_answer_that_must_not_be_used_again_is_not() {
+        let answers =
+            Answers::<&str, u32>::new(Policy { fresh_for: Duration::ZERO, stale_for: Duration::ZERO, ..POLICY });
+        answers.get(&"k", None, async || Ok(Some(1))).await.unwrap();
         answers.get(&"k", None, async || gone()).await.unwrap_err();
+        assert_eq!(answers.get(&"k", None, async || Ok(Some(2))).await.unwrap(), Some(2));
+    }
+
+    #[tokio::test]
+    async fn a_question_that_fails_in_our_own_code_does_not_block_the_next() {
+        let answers = Answers::<&str, u32>::new(POLICY);
+        answers.get(&"k", None, async || panic!("a bug")).await.unwrap_err();
+        assert_eq!(answers.get(&"k", None, async || Ok(Some(1))).await.unwrap(), Some(1));
     }
 
     #[tokio::test]
@@ -291,7 +350,7 @@ mod tests {
             .map(|_| {
                 let (answers, asked, gate) = (Arc::clone(&answers), Arc::clone(&asked), Arc::clone(&gate));
                 tokio::spawn(async move {
-                    let ask = async || {
+                    let ask = move || async move {
                         asked.fetch_add(1, Ordering::Relaxed);
                         gate.acquire().await.unwrap().forget();
                         Ok(Some(7))
@@ -300,20 +359,16 @@ mod tests {
                 })
             })
             .collect();
-        let asked_times = async |times| {
-            while asked.load(Ordering::Relaxed) < times {
-                tokio::task::yield_now().await;
-            }
-        };
-        asked_times(1).await;
-        // The one that asks goes away; another takes its place. On one thread, tasks begin in order.
+        while asked.load(Ordering::Relaxed) == 0 {
+            tokio::task::yield_now().await;
+        }
+        // The one that asked goes away; its question goes on. On one thread, tasks begin in order.
         tasks[0].abort();
-        asked_times(2).await;
         gate.add_permits(1);
         for task in tasks.into_iter().skip(1) {
             assert_eq!(task.await.unwrap(), Some(7));
         }
-        assert_eq!(asked.load(Ordering::Relaxed), 2);
+        assert_eq!(asked.load(Ordering::Relaxed), 1);
         assert!(answers.lock().flights.is_empty());
     }
 
@@ -327,7 +382,7 @@ mod tests {
         assert!(answers.lock().absent.len() <= POLICY.capacity);
         assert_eq!(answers.get(&0, None, async || gone()).await.unwrap(), Some(0));
         for key in 1..1000 {
-            answers.get(&key, None, async || Ok(Some(key))).await.unwrap();
+            answers.get(&key, None, async move || Ok(Some(key))).await.unwrap();
         }
         assert!(answers.lock().known.len() <= POLICY.capacity);
     }

@@ -27,7 +27,8 @@ const ANSWER_DEADLINE: Duration = Duration::from_secs(5);
 /// A wake may take as long as a client would wait.
 const WAKE_DEADLINE: Duration = Duration::from_secs(60);
 
-/// A changed `sprite url` setting works after at most this long, at the price of one question a second for each busy sprite.
+/// `fresh_for`: a changed `sprite url` setting works after this long and the time of one answer, at the price of one question a second for each
+/// busy sprite. `stale_for`: so old a setting still counts while no coordinator answers at all.
 const ROUTES: Policy = Policy {
     fresh_for: Duration::from_secs(1),
     stale_for: Duration::from_secs(3600),
@@ -117,9 +118,9 @@ impl Coordinators {
     /// The organisation that `token` belongs to; `None` when it is not valid.
     pub(crate) async fn organisation(&self, token: &str) -> Result<Option<Arc<str>>, Unavailable> {
         let key = blake3::keyed_hash(&self.token_key, token.as_bytes());
-        let ask = async || {
-            let request = AuthenticateRequest { token: token.to_owned() };
-            let mut client = self.client.clone();
+        let (mut client, token) = (self.client.clone(), token.to_owned());
+        let ask = move || async move {
+            let request = AuthenticateRequest { token };
             let reply = found(timeout(ANSWER_DEADLINE, client.authenticate(request)).await)?;
             Ok(reply.map(|reply| Arc::from(reply.org)))
         };
@@ -132,12 +133,14 @@ impl Coordinators {
         key: &SpriteKey,
         not_before: Option<Instant>,
     ) -> Result<Option<Arc<Route>>, Unavailable> {
-        self.routes.get(key, not_before, async || self.resolve(key, false, ANSWER_DEADLINE).await).await
+        let question = resolve(self.client.clone(), key.clone(), false, ANSWER_DEADLINE);
+        self.routes.get(key, not_before, || question).await
     }
 
     /// Has the sprite woken on a host of the coordinator's choice, for one that no host owns.
     pub(crate) async fn wake(&self, key: &SpriteKey) -> Result<Option<Arc<Route>>, Unavailable> {
-        let woken = self.wakes.get(key, None, async || self.resolve(key, true, WAKE_DEADLINE).await).await?;
+        let question = resolve(self.client.clone(), key.clone(), true, WAKE_DEADLINE);
+        let woken = self.wakes.get(key, None, || question).await?;
         let asked_at = woken.as_ref().map_or_else(Instant::now, |route| route.asked_at);
         self.routes.learn(key, woken.clone(), asked_at);
         Ok(woken)
@@ -147,39 +150,38 @@ impl Coordinators {
     pub(crate) fn saw_awake(&self, key: &SpriteKey, route: &Route) {
         self.routes.learn(key, Some(Arc::new(Route { awake: true, ..route.clone() })), route.asked_at);
     }
+}
 
-    async fn resolve(
-        &self,
-        key: &SpriteKey,
-        wake: bool,
-        deadline: Duration,
-    ) -> Result<Option<Arc<Route>>, Unavailable> {
-        let asked_at = Instant::now();
-        let (label, org, name) = match key.clone() {
-            SpriteKey::Label(label) => (label, String::new(), String::new()),
-            SpriteKey::Name { org, name } => (String::new(), org, name),
-        };
-        let request = ResolveRequest { label, org, name, wake };
-        let mut client = self.client.clone();
-        let Some(reply) = found(timeout(deadline, client.resolve(request)).await)? else {
-            return Ok(None);
-        };
-        let id = reply.sprite_id.parse().map_err(|error| Status::internal(format!("bad route: {error}")))?;
-        let node = match reply.node.as_str() {
-            "" => None,
-            text => Some(text.parse().map_err(|error| Status::internal(format!("bad route: {error}")))?),
-        };
-        let http_port = u16::try_from(reply.http_port).ok().filter(|&port| port != 0);
-        Ok(Some(Arc::new(Route {
-            id,
-            org: reply.org,
-            node,
-            public: reply.public,
-            awake: wake || reply.was == "running",
-            http_port: http_port.unwrap_or(proto::paths::DEFAULT_HTTP_PORT),
-            asked_at,
-        })))
-    }
+async fn resolve(
+    mut client: ControlClient<Channel>,
+    key: SpriteKey,
+    wake: bool,
+    deadline: Duration,
+) -> Result<Option<Arc<Route>>, Unavailable> {
+    let asked_at = Instant::now();
+    let (label, org, name) = match key {
+        SpriteKey::Label(label) => (label, String::new(), String::new()),
+        SpriteKey::Name { org, name } => (String::new(), org, name),
+    };
+    let request = ResolveRequest { label, org, name, wake };
+    let Some(reply) = found(timeout(deadline, client.resolve(request)).await)? else {
+        return Ok(None);
+    };
+    let id = reply.sprite_id.parse().map_err(|error| Status::internal(format!("bad route: {error}")))?;
+    let node = match reply.node.as_str() {
+        "" => None,
+        text => Some(text.parse().map_err(|error| Status::internal(format!("bad route: {error}")))?),
+    };
+    let http_port = u16::try_from(reply.http_port).ok().filter(|&port| port != 0);
+    Ok(Some(Arc::new(Route {
+        id,
+        org: reply.org,
+        node,
+        public: reply.public,
+        awake: wake || reply.was == "running",
+        http_port: http_port.unwrap_or(proto::paths::DEFAULT_HTTP_PORT),
+        asked_at,
+    })))
 }
 
 /// Sorts an answer into "this is it", "there is none" and "I do not know".
