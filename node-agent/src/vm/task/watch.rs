@@ -1,8 +1,11 @@
 //! What the VM does by itself: its process ends, its guest goes silent, its disk fills up, its programs are active.
 
-use std::{sync::Arc, time::SystemTime};
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
-use proto::agent::{Activity, GuestEvent, guest_event};
+use proto::agent::{Activity, EnvironmentState, GuestEvent, guest_event};
 use tokio::sync::mpsc;
 
 use super::{
@@ -15,6 +18,10 @@ use super::{
     unix_ms,
 };
 use crate::{pid::Process, process::ProcessNote};
+
+/// An environment that ended is started again; between attempts that fail these pauses. Afterwards a restart or a restore does it.
+const ENVIRONMENT_RETRIES: [Duration; 4] =
+    [Duration::from_secs(1), Duration::from_secs(3), Duration::from_secs(10), Duration::from_secs(30)];
 
 /// What has a watcher already. Every change of state comes by here, and a second watcher of the same thing would answer the guest twice.
 #[derive(Clone, Copy, Debug, Default)]
@@ -79,8 +86,13 @@ impl Task {
             return;
         };
         tokio::spawn(async move {
-            if let Err(error) = change::start_environment(&agent).await {
-                tracing::warn!(error = chain(&error), "the environment does not start again");
+            for pause in ENVIRONMENT_RETRIES {
+                match change::start_environment(&agent).await {
+                    Ok(()) => return,
+                    Err(_) if agent.is_closed() => return,
+                    Err(error) => tracing::warn!(error = chain(&error), "the environment does not start again"),
+                }
+                tokio::time::sleep(pause).await;
             }
         });
     }
@@ -100,7 +112,14 @@ impl Task {
             return;
         }
         match process.reconnect().await {
-            Ok(()) => self.watch_process(Settled::Running),
+            Ok(()) => {
+                let running = process.agent.hello().environment() == EnvironmentState::Started;
+                self.watch_process(Settled::Running);
+                // It ended while nobody was there to be told.
+                if !running {
+                    self.restart_environment();
+                }
+            }
             Err(error) => {
                 tracing::warn!(sprite = %self.id(), error = chain(&error), "the guest agent does not come back");
                 self.drop_process("the agent inside its VM does not answer any more").await;
