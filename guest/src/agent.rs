@@ -4,6 +4,7 @@ use std::{
     collections::BTreeMap,
     fs, io,
     os::fd::AsFd as _,
+    path::Path,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -26,7 +27,7 @@ use crate::{
     api::{self, Api},
     environment::{DEVICE, Environment, Phase, Started},
     exec::Sessions,
-    freeze::Freezer,
+    freeze::{Bell, Freezer},
     identity::{self, Identity},
     log,
     ports::{self, Listening, Ports},
@@ -288,7 +289,18 @@ impl agent_server::Agent for Agent {
         };
         let limit = or_default(request.limit_ms, FREEZE_LIMIT_DEFAULT);
         let max_frozen = or_default(request.max_frozen_ms, FROZEN_MAX_DEFAULT);
-        Ok(Response::new(self.freezer.freeze(volume, limit, max_frozen).await))
+        let bell = match request.bell_bytes {
+            0 => None,
+            bytes => match Bell::new(Path::new(DEVICE), bytes) {
+                Ok(bell) => Some(bell),
+                // Frozen all the same, for a host that seals and thaws by itself.
+                Err(error) => {
+                    log!("no bell: {error}");
+                    None
+                }
+            },
+        };
+        Ok(Response::new(self.freezer.freeze(volume, bell, limit, max_frozen).await))
     }
 
     async fn thaw(&self, _request: Request<ThawRequest>) -> Reply<ThawReply> {
