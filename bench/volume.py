@@ -97,7 +97,7 @@ def cluster(size_bytes):
         if sprited is not None and sprited.poll() is None:
             sprited.send_signal(signal.SIGTERM)
             sprited.wait()
-        subprocess.run([ROOT / "e2e/reaper.sh", data, INSTANCE], stdin=subprocess.DEVNULL, check=False)
+        subprocess.run(["bash", ROOT / "e2e/reaper.sh", data, INSTANCE], stdin=subprocess.DEVNULL, check=False)
         shutil.rmtree(data, ignore_errors=True)
 
 

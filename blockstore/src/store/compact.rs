@@ -230,7 +230,7 @@ async fn sweep(device: &Device, dead: &[PackId], readers: &[TaskTracker]) -> Res
         tracing::debug!(volume = %device.id, "reads of an older root do not end; nothing is deleted now");
         return Ok(());
     }
-    let deleted = dead.to_vec().into_iter().map(|pack| async move {
+    let deleted = dead.iter().copied().map(|pack| async move {
         device.fetcher.bucket.delete(&pack.key()).await.map_err(VolumeError::Bucket)?;
         device.fetcher.forget(pack).await
     });
