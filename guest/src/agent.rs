@@ -1,6 +1,6 @@
 //! The service that the host calls: each rpc is a few words to the part that does it.
 
-use std::{fs, io, os::fd::AsFd as _, sync::Arc, time::Duration};
+use std::{fs, io, os::fd::AsFd as _, path::Path, sync::Arc, time::Duration};
 
 use proto::agent::{
     AnswerReply, AnswerRequest, ConfigureReply, ConfigureRequest, EnvironmentState, ExecInput, ExecOutput, FreezeReply,
@@ -16,7 +16,7 @@ use tonic::{Request, Response, Status, Streaming};
 use crate::{
     environment::{DEVICE, Environment, Phase, Started},
     exec::Sessions,
-    freeze::{Freezer, millis},
+    freeze::{Bell, Freezer, millis},
     life::Life,
     log,
     ports::{self, Listening, Ports},
@@ -174,7 +174,18 @@ impl agent_server::Agent for Agent {
         };
         let limit = or_default(request.limit_ms, FREEZE_LIMIT_DEFAULT);
         let max_frozen = or_default(request.max_frozen_ms, FROZEN_MAX_DEFAULT);
-        Ok(Response::new(self.freezer.freeze(volume, limit, max_frozen).await))
+        let bell = match request.bell_bytes {
+            0 => None,
+            bytes => match Bell::new(Path::new(DEVICE), bytes) {
+                Ok(bell) => Some(bell),
+                // Frozen all the same, for a host that seals and thaws by itself.
+                Err(error) => {
+                    log!("no bell: {error}");
+                    None
+                }
+            },
+        };
+        Ok(Response::new(self.freezer.freeze(volume, bell, limit, max_frozen).await))
     }
 
     async fn thaw(&self, _request: Request<ThawRequest>) -> Reply<ThawReply> {

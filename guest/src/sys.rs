@@ -26,6 +26,8 @@ const EXT4_IOC_RESIZE_FS: libc::Ioctl = 0x4008_6610;
 /// `_IOW('f', 44, struct fsuuid)`, `_IOR('f', 44, struct fsuuid)`, since Linux 6.0.
 const EXT4_IOC_SETFSUUID: libc::Ioctl = 0x4008_662c;
 const EXT4_IOC_GETFSUUID: libc::Ioctl = 0x8008_662c_u32 as libc::Ioctl;
+/// `_IOW('f', 43, __u32)`, since Linux 5.14.
+const EXT4_IOC_CHECKPOINT: libc::Ioctl = 0x4004_662b;
 const LOOP_SET_FD: libc::Ioctl = 0x4c00;
 const LOOP_CLR_FD: libc::Ioctl = 0x4c01;
 const LOOP_CTL_GET_FREE: libc::Ioctl = 0x4c82;
@@ -62,6 +64,13 @@ pub(crate) fn freeze(root: impl AsFd) -> io::Result<()> {
 
 pub(crate) fn thaw(root: impl AsFd) -> io::Result<()> {
     plain_ioctl(root, FITHAW, 0).map(drop)
+}
+
+/// Writes what is in the journal of the mounted ext4 that `root` lies in to its place; the journal is empty then.
+pub(crate) fn empty_ext4_journal(root: &File) -> io::Result<()> {
+    let flags = 0_u32;
+    // SAFETY: the request reads one u32.
+    check(unsafe { libc::ioctl(root.as_raw_fd(), EXT4_IOC_CHECKPOINT, &raw const flags) }).map(drop)
 }
 
 pub(crate) fn flush_block_device(device: &File) -> io::Result<()> {

@@ -1,6 +1,6 @@
 //! A node agent alone, for its own tests: `node CONFIG.json` serves, and it has the jail's subcommand as `sprited` has it.
 //!
-//! SIGTERM suspends everything and ends; SIGHUP ends and leaves the VMs running.
+//! SIGTERM suspends everything and ends; SIGHUP ends and leaves the VMs running. `RUST_LOG=node_agent=debug` shows what it does.
 
 use std::{
     io::Write as _,
@@ -26,6 +26,10 @@ fn main() {
     if first == "jail" {
         node_agent::jail::main(Path::new(&arguments.next().expect("usage: node jail SPEC")));
     }
+    tracing_subscriber::fmt()
+        .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())
+        .with_writer(std::io::stderr)
+        .init();
     let settings = std::fs::read(first).expect("the settings are readable");
     let settings: Settings = serde_json::from_slice(&settings).expect("the settings are JSON");
     let runtime = tokio::runtime::Runtime::new().expect("a runtime");

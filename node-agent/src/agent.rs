@@ -213,9 +213,10 @@ impl AgentClient {
         reply("StopEnvironment", self.rpc.clone().stop_environment(StopEnvironmentRequest { grace_ms }).await)
     }
 
-    /// Freezes the guest's file system for at most `max_frozen_ms`.
-    pub async fn freeze(&self, limit_ms: u32, max_frozen_ms: u32) -> Result<FreezeReply, CallError> {
-        reply("Freeze", self.rpc.clone().freeze(FreezeRequest { limit_ms, max_frozen_ms }).await)
+    /// Freezes the guest's file system for at most `max_frozen_ms`. A guest that knows of bells reads `bell_bytes` bytes of its disk meanwhile, and has
+    /// thawed when it answers; then the answer says `rung`.
+    pub async fn freeze(&self, limit_ms: u32, max_frozen_ms: u32, bell_bytes: u32) -> Result<FreezeReply, CallError> {
+        reply("Freeze", self.rpc.clone().freeze(FreezeRequest { limit_ms, max_frozen_ms, bell_bytes }).await)
     }
 
     pub async fn thaw(&self) -> Result<ThawReply, CallError> {

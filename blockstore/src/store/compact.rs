@@ -13,14 +13,15 @@
 //! # Why a dead pack stays dead
 //!
 //! A tree is made from a tree of the head: it names packs of that one, and new packs. So a pack that no tree of a *committed* head names, and that is not
-//! new, will never be named again, by this owner or by any that comes after it. New are the packs under way when the survey began: their numbers are not
-//! below [`Start::before`]; an upload of memory under way puts the survey off. A stale owner may therefore sweep too: it finds the same
-//! packs dead. Only packs of the volume itself are looked at; base images are shared, and kept. Forks, once there are any, have to pin what they take over.
+//! new, will never be named again, by this owner or by any that comes after it. New are those numbered from [`Start::before`] on; an upload of memory that
+//! is under way with lower numbers puts the survey off. A stale owner may therefore sweep too: what it finds dead is. Only packs of the volume itself are
+//! looked at; base images are shared, and kept. Forks, once there are any, have to pin what they take over.
 //!
 //! # Bounds
 //!
-//! A survey begins after [`Limits::survey_pushes`] pushes or one for each [`PAGES_PER_PUSH`] pages it last had to read, whichever is more; one relocation
-//! costs the next push at most half a pack. Pages and packs beyond [`PAGES_MAX`] are too much for this simple way: then nothing is done.
+//! A survey begins after [`Limits::survey_pushes`] pushes, or after one for each [`PAGES_PER_PUSH`] pages it last had to read if that is more. It moves
+//! what fits into half a pack, the pages of the next push included, or one pack that is mostly dead. Trees of more than [`PAGES_MAX`] pages are too much
+//! for this simple way: then nothing is done.
 
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
@@ -229,7 +230,7 @@ async fn sweep(device: &Device, dead: &[PackId], readers: &[TaskTracker]) -> Res
         tracing::debug!(volume = %device.id, "reads of an older root do not end; nothing is deleted now");
         return Ok(());
     }
-    let deleted = dead.to_vec().into_iter().map(|pack| async move {
+    let deleted = dead.iter().copied().map(|pack| async move {
         device.fetcher.bucket.delete(&pack.key()).await.map_err(VolumeError::Bucket)?;
         device.fetcher.forget(pack).await
     });
@@ -328,11 +329,12 @@ impl Survey {
         let (all, mut cost) = (worth.len(), 0);
         let packs: HashSet<PackId> = worth
             .into_iter()
-            .take_while(|(more, _)| {
+            .enumerate()
+            .take_while(|(index, (more, _))| {
                 cost += more;
-                cost <= pack_bytes / 2
+                *index == 0 || cost <= pack_bytes / 2
             })
-            .map(|(_, pack)| pack)
+            .map(|(_, (_, pack))| pack)
             .collect();
         let more = packs.len() < all;
         Victims { packs, more }

@@ -5,6 +5,7 @@ mod compaction;
 mod faults;
 mod model;
 mod recovery;
+mod seal;
 mod sharing;
 
 use std::{

@@ -36,7 +36,9 @@ async fn two_thousand_tiny_pushes_leave_few_packs_and_little_waste() {
             write(&volume, at, &bytes).await;
         }
         volume.push().await.unwrap();
-        if round % 50 == 49 {
+        if round % 16 == 15 {
+            // Real pushes are seconds apart.
+            eventually("surveyed", async || !volume.device_for_tests().core().is_read()).await;
             most = most.max(site.packs(id).await.len());
         }
     }
