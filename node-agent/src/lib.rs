@@ -131,6 +131,7 @@ impl NodeAgent {
             qemu_version,
             kernel_digest,
             goldens: Default::default(),
+            starts: resources::start_turns(),
         });
         // Before any VM is started: the living ones keep their slots.
         let noted = recover::read_notes(&resources).map_err(NodeError::Recover)?;

@@ -321,6 +321,8 @@ impl VmProcess {
     }
 
     async fn launch(resources: &Resources, run: RunDir, source: Source<'_>, plan: Plan) -> Result<Self, StartError> {
+        // Until its guest answers. The semaphore is never closed.
+        let _turn = resources.starts.acquire().await;
         let Plan { mut note, slot, volume } = plan;
         note.slot = slot.number();
         let uid = resources.uid(note.slot);

@@ -10,7 +10,7 @@ use std::{
 
 use blockstore::store::{BaseId, Store};
 use proto::{id::SpriteId, record::SizeClass};
-use tokio::sync::OnceCell;
+use tokio::sync::{OnceCell, Semaphore};
 
 use crate::{
     config::Config,
@@ -29,6 +29,8 @@ const QEMU_TASKS_MAX: u32 = 256;
 /// What has to be free where the memory of VMs lies, for one more: about what a fresh VM touches. A QEMU that finds no page there is killed (SIGBUS),
 /// and containers often have a `/dev/shm` of 64 MiB.
 pub const MEMORY_FOLDER_FREE_MIB_MIN: u64 = 256;
+/// Starts of VMs at a time, for each core: some of them wait for the disk.
+const STARTS_PER_CORE: usize = 2;
 /// First user id of the VMs; above what distributions and `adduser` give out.
 const UID_BASE: u32 = 1_500_000;
 
@@ -45,6 +47,14 @@ pub struct Resources {
     pub qemu_version: String,
     pub kernel_digest: String,
     pub goldens: [OnceCell<Golden>; 3],
+    /// VMs that may start at a time. Each costs CPU time until its guest answers: twenty side by side on two cores all take longer than a guest
+    /// that answers at all ever should, and are given up; one after the other they are there in the same time.
+    pub starts: Semaphore,
+}
+
+/// A turn for each VM that may start now.
+pub fn start_turns() -> Semaphore {
+    Semaphore::new(std::thread::available_parallelism().map_or(1, usize::from) * STARTS_PER_CORE)
 }
 
 impl Resources {
