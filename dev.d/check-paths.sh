@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Every path of this repository that a Markdown file names exists: in links, and in `code` that looks like a path into one of the rooms.
+# Every path of this repository that a Markdown file names exists: in links, and in `code` that looks like a path into one of the rooms. So does
+# every ruling that a comment cites.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -28,4 +29,9 @@ while IFS= read -r -d '' file; do
     [ -e "$path" ] || complain "$file" "$path"
   done < <(code_paths_of "$file")
 done < <(git ls-files -z --cached --others --exclude-standard -- '*.md')
+
+# "ruling 7" in a comment is one of docs/rulings.md.
+while IFS= read -r number; do
+  grep -q "^- \*\*$number\. " docs/rulings.md || complain "a comment" "ruling $number of docs/rulings.md"
+done < <(git grep -h -o -E 'rulings? [0-9]+((, | and )[0-9]+)*' -- '*.rs' '*.proto' | grep -o '[0-9]*' | sort -u)
 exit "$missing"

@@ -261,14 +261,23 @@ impl Api {
     /// An answer of one JSON object per line.
     pub(crate) async fn lines(&self, call: &Call) -> Result<Lines, CallError> {
         let answer = self.ask(call).await?;
-        Ok(Lines { api: self.clone(), body: answer.into_body(), buffer: BytesMut::new(), ended: false })
+        Ok(Lines { body: answer.into_body(), buffer: BytesMut::new(), ended: false })
+    }
+}
+
+/// More of a streamed answer; `None` at its end.
+pub(crate) async fn next_piece(body: &mut Incoming) -> Result<Option<Bytes>, Failure> {
+    match tokio::time::timeout(SILENCE_LIMIT, body.frame()).await {
+        Ok(Some(Ok(frame))) => Ok(Some(frame.into_data().unwrap_or_default())),
+        Ok(Some(Err(error))) => Err(Failure::new(format!("the answer broke off: {}", chain(&error)))),
+        Ok(None) => Ok(None),
+        Err(_elapsed) => Err(Failure::new(format!("the server was silent for {} s", SILENCE_LIMIT.as_secs()))),
     }
 }
 
 /// Objects of an NDJSON stream. Blank and malformed lines mean nothing.
 #[derive(Debug)]
 pub(crate) struct Lines {
-    api: Api,
     body: Incoming,
     buffer: BytesMut,
     ended: bool,
@@ -290,13 +299,9 @@ impl Lines {
             if self.buffer.len() > LINE_BYTES_MAX {
                 return Err(Failure::new(format!("the server sent a line of more than {LINE_BYTES_MAX} bytes")));
             }
-            match tokio::time::timeout(SILENCE_LIMIT, self.body.frame()).await {
-                Ok(Some(Ok(frame))) => self.buffer.extend_from_slice(&frame.into_data().unwrap_or_default()),
-                Ok(Some(Err(error))) => return Err(self.api.broken(&error)),
-                Ok(None) => self.ended = true,
-                Err(_elapsed) => {
-                    return Err(Failure::new(format!("the server was silent for {} s", SILENCE_LIMIT.as_secs())));
-                }
+            match next_piece(&mut self.body).await? {
+                Some(piece) => self.buffer.extend_from_slice(&piece),
+                None => self.ended = true,
             }
         }
     }

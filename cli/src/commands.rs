@@ -28,7 +28,7 @@ type Done = Result<u8, Failure>;
 pub(crate) enum Command {
     /// Make a sprite, and open a shell in it
     Create(create::Arguments),
-    /// Choose the sprite that this folder's commands mean
+    /// Choose the sprite for commands in this folder
     Use(use_sprite::Arguments),
     /// Show sprites with their states, ages, sizes and URLs
     #[command(visible_alias = "ls")]
@@ -63,7 +63,7 @@ pub(crate) enum Command {
     Url(settings::Url),
     /// Change a sprite's settings
     Config(settings::Config),
-    /// Bring ports of a sprite to this machine
+    /// Forward ports of a sprite to this machine
     Proxy(proxy::Arguments),
     /// Call the REST API
     Api(api::Arguments),

@@ -199,7 +199,7 @@ fn read(path: &Path) -> Result<Option<Vec<u8>>, Failure> {
     let failed = |error: io::Error| Failure::new(format!("cannot read {}: {error}", path.display()));
     match fs::metadata(path) {
         Ok(metadata) if metadata.len() > FILE_BYTES_MAX => {
-            Err(Failure::new(format!("{} has {} bytes and is no file of ours", path.display(), metadata.len())))
+            Err(Failure::new(format!("{} has {} bytes and is not a file of ours", path.display(), metadata.len())))
         }
         Ok(_) => fs::read(path).map(Some).map_err(failed),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),

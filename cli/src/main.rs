@@ -8,7 +8,8 @@
 //! # Invariants
 //!
 //! 1. stdout carries answers only; progress, notes and errors go to stderr. With `--json` the answer is one JSON value.
-//! 2. Every wait has a named bound, every buffer too; whoever stops reading our output ends us without a panic.
+//! 2. Every wait has a named bound, every buffer too; only what a command in a sprite says next is waited for as long as the connection lives,
+//!    which probes watch ([`connection`]). Whoever stops reading our output ends us without a panic.
 //! 3. The terminal is given back on every way out ([`terminal`]).
 //!
 //! Exit codes: 0, 1 (refused or failed, with `✗` and advice on stderr), 2 (the command line is wrong); `exec`, `console` and `attach` have the command's own.

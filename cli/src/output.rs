@@ -1,4 +1,4 @@
-//! The two streams: answers on stdout, everything about them on stderr. A reader that has left is no panic.
+//! The two streams: answers on stdout, everything about them on stderr. A reader that has left does not make us panic.
 
 use std::{
     fmt::Display,

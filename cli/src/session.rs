@@ -153,7 +153,7 @@ fn conclude(ended: Ended, sprite: &str, info: &Info) -> Result<u8, Failure> {
             let advice = if info.tty {
                 format!("the session may still be there: {again}")
             } else {
-                "how far the command came is unknown; without a terminal it is ended 10 s after its client".to_owned()
+                "how far the command got is unknown; without a terminal it is ended 10 s after its client".to_owned()
             };
             Err(Failure::new(format!("the connection to {sprite} ended before the command: {why}")).advise(advice))
         }

@@ -108,7 +108,7 @@ pub(crate) fn size() -> Option<(u16, u16)> {
 fn size_of(fd: i32) -> Option<(u16, u16)> {
     let mut size = libc::winsize { ws_row: 0, ws_col: 0, ws_xpixel: 0, ws_ypixel: 0 };
     #[expect(unsafe_code, reason = "neither std nor nix has a call for it")]
-    // SAFETY: TIOCGWINSZ writes one `winsize` to the pointer, which is to a live one, and fails on anything that is no terminal.
+    // SAFETY: TIOCGWINSZ writes one `winsize` to the pointer, which is to a live one, and fails on anything that is not a terminal.
     let result = unsafe { libc::ioctl(fd, libc::TIOCGWINSZ, &raw mut size) };
     (result == 0 && size.ws_row > 0 && size.ws_col > 0).then_some((size.ws_row, size.ws_col))
 }

@@ -27,7 +27,7 @@ pub(crate) type Socket = WebSocketStream<TokioIo<Upgraded>>;
 const MESSAGE_BYTES_MAX: usize = 16 << 20;
 /// For what lies in between, and so that a server notices us going.
 pub(crate) const PING_EVERY: Duration = Duration::from_secs(15);
-/// Without any frame for so long the other side is dead: it answers our pings and sends its own.
+/// Without any frame for this long the other side is dead: it answers our pings and sends its own.
 pub(crate) const SILENCE_MAX: Duration = Duration::from_secs(45);
 /// A sprite on the move is worth waiting for; the request was not carried out.
 const RETRIES_MAX: u32 = 4;

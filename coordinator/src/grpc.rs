@@ -14,7 +14,10 @@ use proto::{
     },
     record::{DISK_BYTES_DEFAULT, UrlAuth, UrlSettings},
 };
-use tonic::{Request, Response, Status, Streaming, metadata::MetadataMap};
+use tonic::{
+    Request, Response, Status, Streaming,
+    metadata::{MetadataMap, MetadataValue},
+};
 
 use crate::{
     refusal::Refusal,
@@ -40,8 +43,8 @@ type Events<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 impl SpritesService {
     async fn caller(&self, metadata: &MetadataMap) -> Result<Caller, Status> {
-        let value = metadata.get("authorization").and_then(|value| value.to_str().ok());
-        Ok(self.service.authenticate(value.and_then(rest::bearer_token)).await?)
+        let authorizations = metadata.get_all("authorization").iter().map(MetadataValue::as_encoded_bytes);
+        Ok(self.service.authenticate(proto::token::bearer(authorizations)).await?)
     }
 }
 
@@ -212,7 +215,7 @@ fn url_auth(public: bool) -> UrlAuth {
     if public { UrlAuth::Public } else { UrlAuth::Sprite }
 }
 
-/// A sprite that went away is told by its name and the state `destroyed`.
+/// A sprite that went away is reported by its name and the state `destroyed`.
 fn watched(seen: Seen) -> Sprite {
     match seen {
         Seen::Sprite(view) => view.to_proto(),

@@ -1,4 +1,4 @@
-//! What a coordinator knows of all sprites at once, for lists, counters and watchers (ruling 9). Never asked for a single sprite: that is read.
+//! What a coordinator knows of all sprites at once, for lists, counters and watchers. Never asked for a single sprite: that is read.
 //!
 //! ```text
 //!  bucket ──LIST v1/sprites, then GET what has another ETag──▶ records ┐
@@ -24,9 +24,11 @@ use jiff::Timestamp;
 use proto::{
     id::{SpriteId, SpriteName},
     node::{SpriteStatus, route_event},
-    record::SpriteRecord,
+    record::{self, SpriteRecord},
 };
 use tokio::{sync::watch, time::Instant};
+
+pub(crate) use proto::record::key as record_key;
 
 use crate::{
     names::{NameEntry, Names},
@@ -221,12 +223,8 @@ impl Index {
     }
 
     async fn list(&self) -> Result<HashMap<SpriteId, Tag>, RecordError> {
-        let entries = self.bucket.list("v1/sprites").await?;
-        let records = entries.into_iter().filter_map(|entry| {
-            let id = entry.key.strip_prefix("v1/sprites/")?.strip_suffix("/rec")?.parse().ok()?;
-            Some((id, entry.tag))
-        });
-        Ok(records.collect())
+        let entries = self.bucket.list(record::KEY_PREFIX).await?;
+        Ok(entries.into_iter().filter_map(|entry| Some((record::id_of_key(&entry.key)?, entry.tag))).collect())
     }
 
     /// The record and what it is worth; `None` if it is gone meanwhile.
@@ -338,7 +336,7 @@ impl Index {
     }
 
     fn set_state(&self, id: SpriteId, status: SpriteStatus) {
-        // The numbers in a status change every few seconds; a watcher is told of states only.
+        // The numbers in a status change every few seconds; a watcher hears of states only.
         let old = self.table().states.insert(id, status.clone());
         if old.is_none_or(|old| old.state != status.state || old.reason != status.reason) {
             self.announce();
@@ -385,9 +383,4 @@ fn standing(record: Arc<SpriteRecord>, name: Option<&Record<NameEntry>>) -> Stan
             Standing::Dead(record)
         }
     }
-}
-
-/// Where the record of a sprite is in the bucket. The node agent writes it first.
-pub(crate) fn record_key(id: SpriteId) -> String {
-    format!("v1/sprites/{id}/rec")
 }

@@ -23,7 +23,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::refusal::Refusal;
 
-/// A claim that nobody renewed for so long may be resolved by anybody (ruling 1).
+/// A claim that nobody renewed for this long may be resolved by anybody (ruling 1).
 pub(crate) const PENDING_MAX: Duration = Duration::from_secs(60);
 /// How often a create that takes long says that it is still at it.
 pub(crate) const RENEW_PERIOD: Duration = Duration::from_secs(15);
@@ -202,7 +202,7 @@ impl Names {
 
     /// Whose label that is.
     pub(crate) async fn label(&self, label: &str) -> Result<Option<LabelEntry>, RecordError> {
-        // What is no label is no key either, and nobody has it.
+        // A text that is not a label cannot be a key either, so nobody has it.
         if label.split_once('/').is_some() || label.rsplit_once('-').is_none_or(|(_, oid)| oid.len() != OID_LEN) {
             return Ok(None);
         }

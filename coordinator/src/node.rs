@@ -22,7 +22,7 @@ use tonic::{
 
 use crate::refusal::Refusal;
 
-/// For a question that no disk or VM is needed for.
+/// For a question that needs neither disk nor VM.
 const ASK_LIMIT: Duration = Duration::from_secs(5);
 /// A VM without hardware virtualisation on a busy host; the node goes on after that, and its sprite is freed when the claim is gone.
 const CREATE_LIMIT: Duration = Duration::from_secs(300);
@@ -172,9 +172,9 @@ pub(crate) enum CreateFailure {
     Unclear(Status),
 }
 
-/// "Not found" is about the checkpoint, unless the sprite itself is not there.
+/// "Not found" is about the checkpoint, unless the host does not have the sprite itself.
 fn about_checkpoint(status: Status, checkpoint: &str) -> Refusal {
-    let is_checkpoint = status.code() == tonic::Code::NotFound && !status.message().contains("not on this host");
+    let is_checkpoint = status.code() == tonic::Code::NotFound && !proto::is_not_here(&status);
     if is_checkpoint { Refusal::CheckpointNotFound { id: checkpoint.to_owned() } } else { status.into() }
 }
 

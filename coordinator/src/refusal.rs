@@ -1,6 +1,6 @@
 //! Every refusal of the API: one table that says it in REST's words and in gRPC's.
 //!
-//! The `error` texts are the dialect's where it has one (sprites-api.md §3), because clients match on them; the `message` says what to do.
+//! The `error` texts are the dialect's where it has one, because clients match on them; the `message` says what to do.
 
 use axum::{
     body::Body,
@@ -25,9 +25,9 @@ pub(crate) enum Refusal {
     CheckpointNotFound { id: String },
     #[error("there is nothing at {method} {path}")]
     NoRoute { method: String, path: String },
-    #[error("a sprite {name:?} exists already; use another name, or destroy that one first")]
+    #[error("a sprite named {name:?} already exists; use another name, or destroy that one first")]
     NameTaken { name: String },
-    #[error("a sprite {name:?} is being made or destroyed this moment; try again, or use another name")]
+    #[error("a sprite {name:?} is being made or destroyed right now; try again, or use another name")]
     NameBusy { name: String },
     #[error(transparent)]
     BadName(#[from] BadName),

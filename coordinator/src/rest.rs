@@ -1,4 +1,4 @@
-//! The REST API in the Sprites dialect (sprites-api.md §2–§4, §8), with what we add to it.
+//! The REST API in the Sprites dialect, with what we add to it.
 //!
 //! | method and path | answer |
 //! |---|---|
@@ -11,11 +11,11 @@
 //! | `DELETE /v1/sprites/{name}` | 204 |
 //! | `GET …/check`, `POST …/restart`, `POST …/upgrade` | 200 |
 //! | `POST …/sleep` `{to?: paused\|suspended\|cold}` | 200 `{sprite, frozen_ms, local_ms, bucket_ms}` |
-//! | `POST …/wake` | 200 `{sprite, was, resumed, reason, took_ms}`; with `{at?, every?}` sets timers as PUT below: `{sprite}` |
-//! | `GET\|PUT\|POST\|DELETE …/wake-timers` `{at?: [time or duration], every?: duration}` | 200 `{at, every}`, 204; POST keeps what it does not name |
+//! | `POST …/wake` | 200 `{sprite, was, resumed, reason, took_ms}`; with `{at?, every?}` sets timers as POST below: `{sprite}` |
+//! | `GET\|PUT\|POST\|DELETE …/wake-timers` `{at?: [time or duration], every?: duration}` | 200 `{at, every}`, 204; POST keeps what it does not name; `every: "never"` removes both |
 //! | `POST …/resize` `{disk_bytes}` | 200 sprite |
 //! | `POST …/checkpoint` `{comment?, durable?}` | 200 NDJSON |
-//! | `GET …/checkpoints?includeAuto` | 200 array, `Current` first |
+//! | `GET …/checkpoints` | 200 array, `Current` first |
 //! | `GET\|DELETE …/checkpoints/{id}` | 200 checkpoint, 204 |
 //! | `POST …/checkpoints/{id}/restore` | 200 NDJSON |
 //!
@@ -28,7 +28,9 @@ use axum::{
     http::{HeaderName, HeaderValue, Method, Request, StatusCode, header, request::Parts},
     response::Response,
 };
+use http_body_util::LengthLimitError;
 use percent_encoding::percent_decode_str;
+use proto::paths::DIALECT_VERSION;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
@@ -42,8 +44,6 @@ mod watch;
 
 pub(crate) use sprites::{read_token, size, token_after};
 
-/// Which version of the dialect we speak: clients attach by path from `0.0.1-rc30` on. The node agent says the same.
-const DIALECT_VERSION: HeaderValue = HeaderValue::from_static("0.1.0");
 const VERSION_HEADER: HeaderName = HeaderName::from_static("sprite-version");
 /// The largest body of a call here: an environment of 64 KiB in JSON, with room.
 const BODY_BYTES_MAX: usize = 1 << 20;
@@ -93,13 +93,13 @@ async fn read_json<T: DeserializeOwned>(body: Body) -> Result<T, Refusal> {
 
 fn is_too_large(error: &axum::Error) -> bool {
     use std::error::Error as _;
-    error.source().is_some_and(|source| source.to_string().contains("length limit"))
+    error.source().is_some_and(|source| source.is::<LengthLimitError>())
 }
 
-/// Answers every request that is no gRPC.
+/// Answers every request that is not gRPC.
 pub(crate) async fn answer(State(service): State<Service>, request: Request<Body>) -> Response {
     let mut response = route(service, request).await.unwrap_or_else(Refusal::into_response);
-    response.headers_mut().insert(VERSION_HEADER, DIALECT_VERSION);
+    response.headers_mut().insert(VERSION_HEADER, HeaderValue::from_static(DIALECT_VERSION));
     response
 }
 
@@ -109,7 +109,8 @@ async fn route(service: Service, request: Request<Body>) -> Result<Response, Ref
     if path == "/healthz" {
         return Ok(json_response(StatusCode::OK, &json!({ "status": "ok", "version": proto::VERSION })));
     }
-    let caller = service.authenticate(bearer(&parts)).await?;
+    let authorizations = parts.headers.get_all(header::AUTHORIZATION).iter().map(HeaderValue::as_bytes);
+    let caller = service.authenticate(proto::token::bearer(authorizations)).await?;
     let segments: Vec<String> = path.trim_matches('/').split('/').map(decode).collect();
     let segments: Vec<&str> = segments.iter().map(String::as_str).collect();
     let call = Call { service, caller, parts };
@@ -148,23 +149,6 @@ async fn of_sprite(call: &Call, body: Body, name: &str, rest: &[&str]) -> Result
 
 fn no_route(parts: &Parts) -> Refusal {
     Refusal::NoRoute { method: parts.method.to_string(), path: parts.uri.path().to_owned() }
-}
-
-/// The token, if the request carries exactly one.
-pub(crate) fn bearer(parts: &Parts) -> Option<&str> {
-    let mut values = parts.headers.get_all(header::AUTHORIZATION).iter();
-    let value = values.next()?;
-    if values.next().is_some() {
-        return None;
-    }
-    bearer_token(value.to_str().ok()?)
-}
-
-/// `Bearer <token>`, the word in any case.
-pub(crate) fn bearer_token(value: &str) -> Option<&str> {
-    let (scheme, token) = value.split_once(' ')?;
-    let token = token.trim();
-    (scheme.eq_ignore_ascii_case("bearer") && !token.is_empty()).then_some(token)
 }
 
 fn decode(text: &str) -> String {

@@ -39,7 +39,7 @@ mod settings;
 pub(crate) use life::CheckpointEvents;
 pub(crate) use settings::{Environment, IdleTimeout, WakeTimers, labels, request_id};
 
-/// Most sprites on a page; more is cut, not refused (sprites-api.md §4.2).
+/// Most sprites on a page; asking for more is not refused, it gets this many.
 pub(crate) const PAGE_MAX: usize = 50;
 /// Lost races of a change until we give up; each means that somebody else got on.
 const RACES_MAX: u32 = 16;

@@ -14,17 +14,17 @@ use std::{
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use blockstore::bucket::{Bucket, RecordError};
 use jiff::Timestamp;
+use proto::token::{TokenParts, is_slug};
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 use uuid::Uuid;
 
-/// A revoked token works for so long more.
+/// A revoked token works this much longer.
 const VALID_FRESH: Duration = Duration::from_secs(10);
-/// A token minted elsewhere is refused for so long at most, once it was tried too early.
+/// A token minted elsewhere is refused this long at most, once it was tried too early.
 const INVALID_FRESH: Duration = Duration::from_millis(500);
 /// Tokens remembered. When full, all are asked for again.
 const REMEMBERED_MAX: usize = 10_000;
-const TOKEN_BYTES_MAX: usize = 512;
 
 /// Whom a token belongs to.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -121,7 +121,7 @@ impl Tokens {
 
     /// Whose token it is; `None` when it is not valid.
     pub(crate) async fn authenticate(&self, token: &str) -> Result<Option<Caller>, RecordError> {
-        let Some(parts) = Parts::parse(token) else { return Ok(None) };
+        let Some(parts) = TokenParts::parse(token) else { return Ok(None) };
         let key = blake3::keyed_hash(&self.0.key, token.as_bytes());
         if let Some(known) = self.remembered(&key) {
             return Ok(known);
@@ -129,7 +129,7 @@ impl Tokens {
         let record = self.0.bucket.read_record::<TokenEntry>(&token_key(parts.token_id)).await?;
         let caller = record
             .map(|record| record.value)
-            .filter(|entry| parts.matches(entry))
+            .filter(|entry| matches(&parts, entry))
             .map(|entry| Caller { org: entry.org.into(), token_id: parts.token_id.into() });
         self.remember(key, caller.clone());
         Ok(caller)
@@ -154,41 +154,12 @@ impl Tokens {
     }
 }
 
-struct Parts<'a> {
-    org: &'a str,
-    org_id: Uuid,
-    token_id: &'a str,
-    value: &'a str,
-}
-
-impl<'a> Parts<'a> {
-    fn parse(token: &'a str) -> Option<Self> {
-        if token.len() > TOKEN_BYTES_MAX {
-            return None;
-        }
-        let mut parts = token.split('/');
-        let (org, org_id, token_id, value) = (parts.next()?, parts.next()?, parts.next()?, parts.next()?);
-        let is_whole = parts.next().is_none() && is_slug(org) && !value.is_empty();
-        let org_id = Uuid::parse_str(org_id).ok()?;
-        // It becomes part of a key.
-        (is_whole && Uuid::parse_str(token_id).is_ok_and(|id| id.simple().to_string() == token_id)).then_some(Self {
-            org,
-            org_id,
-            token_id,
-            value,
-        })
-    }
-
-    fn matches(&self, entry: &TokenEntry) -> bool {
-        let Ok(hash) = blake3::Hash::from_hex(&entry.hash) else { return false };
-        // Hashes compare in constant time.
-        let is_value = blake3::hash(self.value.as_bytes()) == hash;
-        is_value && !entry.revoked && entry.org == self.org && entry.org_id == self.org_id
-    }
-}
-
-fn is_slug(text: &str) -> bool {
-    (1..=63).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
+/// Whether `entry` is that of exactly this token.
+fn matches(parts: &TokenParts<'_>, entry: &TokenEntry) -> bool {
+    let Ok(hash) = blake3::Hash::from_hex(&entry.hash) else { return false };
+    // Hashes compare in constant time.
+    let is_value = blake3::hash(parts.value.as_bytes()) == hash;
+    is_value && !entry.revoked && entry.org == parts.org && entry.org_id == parts.org_id
 }
 
 fn token_key(token_id: &str) -> String {

@@ -1,4 +1,4 @@
-//! A sprite as the API shows it: what its owner asked for, and how it is. The dialect's fields (sprites-api.md §4.1) come first, ours after.
+//! A sprite as the API shows it: what its owner asked for, and how it is. The dialect's fields come first, ours after.
 
 use std::sync::Arc;
 
@@ -132,7 +132,7 @@ impl View {
         }
     }
 
-    /// One line of the watch stream (sprites-api.md §4.2), with our state and reason.
+    /// One line of the watch stream, with our state and reason.
     pub(crate) fn to_event(&self, org: Value) -> Value {
         let of = |ms: fn(&SpriteStatus) -> u64| self.status.as_ref().and_then(|status| time_of_ms(ms(status)));
         json!({

@@ -56,8 +56,7 @@ mod websocket;
 
 use refusal::Refusal;
 
-/// Which version of the dialect we speak: clients attach by path from `0.0.1-rc30` on.
-const DIALECT_VERSION: HeaderValue = HeaderValue::from_static("0.1.0");
+const DIALECT_VERSION: HeaderValue = HeaderValue::from_static(proto::paths::DIALECT_VERSION);
 const VERSION_HEADER: HeaderName = HeaderName::from_static("sprite-version");
 
 /// Connects to a port of the guest over its network.

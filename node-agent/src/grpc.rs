@@ -12,6 +12,7 @@ use proto::{
         RouteEvent, SleepReply, SleepRequest, SpriteStatus, StatusRequest, WakeReply, WakeRequest, WatchRoutesRequest,
         node_server::Node, route_event,
     },
+    not_here,
     public::CheckpointEvent,
     record::SpriteRecord,
 };
@@ -316,10 +317,6 @@ fn parse(id: &str) -> Result<SpriteId, Status> {
     id.parse().map_err(|error: proto::id::BadSpriteId| Status::invalid_argument(error.to_string()))
 }
 
-fn not_here(id: SpriteId) -> Status {
-    Status::not_found(format!("sprite {id} is not on this host"))
-}
-
 fn create_status(error: CreateError) -> Status {
     match error {
         CreateError::NoCapacity(_) => Status::resource_exhausted(error.to_string()),
@@ -330,7 +327,7 @@ fn create_status(error: CreateError) -> Status {
 
 pub(crate) fn wake_status(error: WakeError) -> Status {
     match error {
-        WakeError::NotHere(_) => Status::not_found(error.to_string()),
+        WakeError::NotHere(id) => not_here(id),
         WakeError::NoCapacity(_) => Status::resource_exhausted(error.to_string()),
         WakeError::Failed { .. } => Status::internal(error.to_string()),
         WakeError::Timeout(_) => Status::deadline_exceeded(error.to_string()),

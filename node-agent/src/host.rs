@@ -314,7 +314,4 @@ async fn name_process(process: &mut crate::process::VmProcess, record: &SpriteRe
     process.note.write_volatile(&process.run).map_err(|error| error.to_string())
 }
 
-/// Where the record of a sprite is in the bucket.
-pub fn record_key(id: SpriteId) -> String {
-    format!("v1/sprites/{id}/rec")
-}
+pub use proto::record::key as record_key;

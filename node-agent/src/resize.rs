@@ -21,11 +21,7 @@ pub(crate) async fn grow(host: &Host, id: SpriteId, disk_bytes: u64) -> Result<u
         return Err(Status::invalid_argument("the size must be whole MiB and at most 16 TiB"));
     }
     let running = host.running(id).await.map_err(crate::grpc::wake_status)?;
-    let volume = host
-        .resources()
-        .store
-        .volume(id)
-        .ok_or_else(|| Status::not_found(format!("sprite {id} is not on this host")))?;
+    let volume = host.resources().store.volume(id).ok_or_else(|| proto::not_here(id))?;
     let now = volume.size_bytes();
     if disk_bytes < now {
         return Err(Status::invalid_argument(format!("a disk can only grow: it has {now} bytes")));

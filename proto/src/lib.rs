@@ -8,9 +8,11 @@
 //! | [`public`] | users' own gRPC clients → coordinator |
 
 pub mod id;
+mod not_here;
 pub mod paths;
 pub mod record;
 pub mod resync;
+pub mod token;
 
 /// The generated modules refer to each other by package, so they are nested as their packages are.
 #[allow(
@@ -42,6 +44,8 @@ mod generated {
         }
     }
 }
+
+pub use not_here::{is_not_here, not_here};
 
 pub use generated::sprites::{agent::v1 as agent, control::v1 as control, node::v1 as node, v1 as public};
 

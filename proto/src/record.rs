@@ -7,6 +7,22 @@ use serde::{Deserialize, Serialize};
 
 use crate::id::{SpriteId, SpriteName};
 
+/// The records and heads of all sprites lie under it.
+pub const KEY_PREFIX: &str = "v1/sprites/";
+
+/// Bytes of a checkpoint's comment. Up to 1,000 of them stand in one head, which is written at every push.
+pub const CHECKPOINT_COMMENT_BYTES_MAX: usize = 256;
+
+/// Where the record of a sprite is in the bucket. Its host writes it first.
+pub fn key(id: SpriteId) -> String {
+    format!("{KEY_PREFIX}{id}/rec")
+}
+
+/// The sprite whose record has that key; `None` for any other object.
+pub fn id_of_key(key: &str) -> Option<SpriteId> {
+    key.strip_prefix(KEY_PREFIX)?.strip_suffix("/rec")?.parse().ok()
+}
+
 /// Desired state and description of a sprite. Changed only by compare-and-swap.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SpriteRecord {
@@ -144,11 +160,11 @@ pub enum UrlAuth {
 /// When an unused sprite falls asleep, and how deep (ruling 28). Each delay begins where the one before ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct IdlePolicy {
-    /// Idle for so long → paused. `None`: never sleeps by itself.
+    /// Idle this long → paused. `None`: never sleeps by itself.
     pub pause_after_ms: Option<u64>,
-    /// Paused for so long → suspended.
+    /// Paused this long → suspended.
     pub suspend_after_ms: u64,
-    /// Suspended for so long → cold.
+    /// Suspended this long → cold.
     pub cold_after_ms: u64,
 }
 
@@ -212,5 +228,13 @@ mod tests {
         assert_eq!(missed.next_wake(), Some(at(500)));
         missed.finish_wakes(at(500));
         assert_eq!(missed.next_wake(), None);
+    }
+    #[test]
+    fn a_records_key_is_read_back_and_no_other_object_is_taken_for_one() {
+        let id = SpriteId::generate();
+        assert_eq!(id_of_key(&key(id)), Some(id));
+        for other in [format!("v1/sprites/{id}/head"), format!("v1/sprites/{id}"), "v1/sprites/x/rec".to_owned()] {
+            assert_eq!(id_of_key(&other), None, "{other}");
+        }
     }
 }

@@ -90,7 +90,7 @@ impl Record {
         self.wake = text(SPRITE_WAKE_HEADER);
     }
 
-    /// A tunnel ended after so many bytes.
+    /// A tunnel ended after that many bytes.
     pub(crate) fn tunnelled(&mut self, received_bytes: u64, sent_bytes: u64, complete: bool) {
         (self.received_bytes, self.sent_bytes) = (received_bytes, sent_bytes);
         self.end = if complete { End::Complete } else { End::Broken };

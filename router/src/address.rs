@@ -10,7 +10,7 @@ pub enum NodeAddress {
 
 /// The text is not an address of a form that we can connect to.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{text:?} is no address; write unix:/absolute/path")]
+#[error("{text:?} is not an address; write unix:/absolute/path")]
 pub struct BadAddress {
     text: String,
 }

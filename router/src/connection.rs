@@ -39,9 +39,9 @@ use crate::{
 const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(10);
 /// For a whole request head; also how long HTTP/1.1 waits for the next one.
 const HEAD_DEADLINE: Duration = Duration::from_secs(10);
-/// HTTP/2 without a stream for so long is closed.
+/// HTTP/2 without a stream for this long is closed.
 const IDLE_MAX: Duration = Duration::from_secs(120);
-/// A request on which nothing moves for so long is given up. The dialect's streams send something each minute.
+/// A request on which nothing moves for this long is given up. The dialect's streams send something each minute.
 const SILENCE_MAX: Duration = Duration::from_secs(15 * 60);
 const CHECK_INTERVAL: Duration = Duration::from_secs(10);
 

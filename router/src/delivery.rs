@@ -3,7 +3,7 @@
 //!
 //! ```text
 //!  route ─▶ awake? ──no──▶ take a place among the parked (or SPR-L01)
-//!             │                    │ 30 s: is it awake now? no ─▶ SPR-U03
+//!             │                    │ WAKE_DEADLINE: is it awake now? no ─▶ SPR-U03
 //!             ▼                    ▼
 //!           send ─▶ answer ─▶ "not here"? ─▶ ask anew, send once more ─▶ still not: SPR-R04
 //!             └─▶ no connection ─▶ ask anew; another node: send there; else SPR-U01
@@ -17,14 +17,14 @@ use std::{pin::pin, sync::Arc, time::Duration};
 use http::{HeaderValue, Request, Response, StatusCode, header, request::Parts};
 use http_body::Body as _;
 use hyper::body::Incoming;
-use proto::paths::{SPRITE_ERROR_HEADER, SPRITE_ID_HEADER, SPRITE_PORT_HEADER, SPRITE_WAKE_HEADER};
+use proto::paths::{NOT_HERE, SPRITE_ERROR_HEADER, SPRITE_ID_HEADER, SPRITE_PORT_HEADER, SPRITE_WAKE_HEADER};
 use tokio::time::{Instant, timeout};
 
 use crate::{
     body::{self, Body},
     control::{Coordinators, Route, SpriteKey},
     parking::{Full, Parking},
-    refuse::{NOT_HERE, Refusal},
+    refuse::Refusal,
     upstream::{self, Protocol, SendError},
 };
 

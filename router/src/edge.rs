@@ -12,7 +12,7 @@
 //!
 //! 1. *Nothing wakes before it is allowed.* Routes are asked for without waking; only a request that has passed the check reaches a node.
 //! 2. *Headers are cleaned before anything is sent anywhere*, so that `x-sprite-id` and `x-sprite-port` are always ours.
-//! 3. A token of the platform never reaches a program in a private sprite, nor a node.
+//! 3. A token of the platform never reaches a program in a sprite, public or not, nor a node.
 
 use std::{net::IpAddr, sync::Arc};
 
@@ -157,7 +157,7 @@ impl Edge {
                 );
                 Err(match error {
                     SendError::Unreachable { .. } => Refusal::CoordinatorUnreachable,
-                    SendError::Broke { .. } => Refusal::NodeBroke,
+                    SendError::Broke { .. } => Refusal::CoordinatorBroke,
                 })
             }
         }
@@ -205,7 +205,10 @@ impl Edge {
                 return Err(Refusal::UrlUnauthorized);
             }
         }
-        if !route.public {
+        if route.public {
+            // The same command line that opens a private sprite is used for a public one, too.
+            headers::remove_platform_tokens(&mut prepared.head.headers);
+        } else {
             prepared.head.headers.remove(header::AUTHORIZATION);
         }
         let target = Target::Port(sprite.port.map(std::num::NonZeroU16::get));

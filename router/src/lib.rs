@@ -14,7 +14,7 @@
 //! | [`parking`] | how many requests may wait for a wake | yes |
 //! | [`edge`], [`delivery`], [`tunnel`] | one request, from its head to its last byte | |
 //! | [`upstream`], [`chunk_gate`] | one exchange with another process of ours | |
-//! | [`listener`], [`connection`], [`activity`], [`tls`], [`bare`], [`redirect`] | the sockets to the outside | |
+//! | [`listener`], [`connection`], [`activity`], [`tls`], [`bare`] | the sockets to the outside | |
 //! | [`ca`] | the local certificate authority | |
 //!
 //! # Invariants
@@ -49,7 +49,6 @@ mod host;
 mod listener;
 mod parking;
 mod path;
-mod redirect;
 mod refuse;
 mod tls;
 mod tunnel;
@@ -63,20 +62,17 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 pub use crate::{
     address::{BadAddress, NodeAddress},
-    refuse::NOT_HERE,
     tls::TlsError,
 };
 use crate::{ca::ServerIdentity, connection::Shared, edge::Edge, host::Hosts, listener::Gate};
 
-/// What is in flight may finish for so long when the edge stops.
+/// How long what is in flight may take to finish when the edge stops.
 pub const DRAIN_DEADLINE: Duration = Duration::from_secs(4);
 
 /// What an edge needs to know.
 pub struct Config {
     /// Where TLS connections are taken. Port 0 lets the kernel choose.
     pub listen: Vec<SocketAddr>,
-    /// Where plain HTTP is sent on to HTTPS; may be empty.
-    pub listen_http: Vec<SocketAddr>,
     pub identity: ServerIdentity,
     /// Host names of the API.
     pub api_hosts: Vec<String>,
@@ -103,9 +99,7 @@ pub enum BindError {
 /// An edge with open sockets.
 pub struct Router {
     listeners: Vec<TcpListener>,
-    plain_listeners: Vec<TcpListener>,
     addresses: Vec<SocketAddr>,
-    plain_addresses: Vec<SocketAddr>,
     shared: Arc<Shared>,
 }
 
@@ -120,15 +114,18 @@ impl Router {
             listener::bind(*address).map_err(|source| BindError::Listen { address: *address, source })
         };
         let listeners = config.listen.iter().map(open).collect::<Result<Vec<_>, _>>()?;
-        let plain_listeners = config.listen_http.iter().map(open).collect::<Result<Vec<_>, _>>()?;
         if listeners.is_empty() {
             return Err(BindError::NoAddress);
         }
-        let (addresses, plain_addresses) =
-            (bound(&listeners, &config.listen), bound(&plain_listeners, &config.listen_http));
+        // Where the kernel really put them.
+        let addresses = listeners
+            .iter()
+            .zip(&config.listen)
+            .map(|(listener, asked)| listener.local_addr().unwrap_or(*asked))
+            .collect();
         let edge = Edge::new(hosts, config.coordinator);
         let shared = Arc::new(Shared { edge, tls, drain: CancellationToken::new() });
-        Ok(Self { listeners, plain_listeners, addresses, plain_addresses, shared })
+        Ok(Self { listeners, addresses, shared })
     }
 
     /// Where TLS connections are taken, in the order of [`Config::listen`].
@@ -136,31 +133,11 @@ impl Router {
         &self.addresses
     }
 
-    /// Where plain HTTP is taken, in the order of [`Config::listen_http`].
-    pub fn plain_addresses(&self) -> &[SocketAddr] {
-        &self.plain_addresses
-    }
-
     /// Serves until `stop` is cancelled. Then nothing new is taken, tunnels are cut, requests in flight get [`DRAIN_DEADLINE`] to finish.
     pub async fn run(self, stop: CancellationToken) {
         let (gate, tasks) = (Arc::new(Gate::default()), TaskTracker::new());
-        let https_port = self.addresses.first().map_or(443, SocketAddr::port);
         let cut_off = CancellationToken::new();
         let mut accepting = tokio::task::JoinSet::new();
-        for listener in self.plain_listeners {
-            let tasks = tasks.clone();
-            accepting.spawn(listener::accept(
-                listener,
-                Arc::clone(&gate),
-                stop.clone(),
-                move |stream, _, admission| {
-                    tasks.spawn(async move {
-                        redirect::serve(stream, https_port).await;
-                        drop(admission);
-                    });
-                },
-            ));
-        }
         for listener in self.listeners {
             let (tasks, shared) = (tasks.clone(), Arc::clone(&self.shared));
             let cut_off = cut_off.clone();
@@ -184,9 +161,4 @@ impl Router {
             tasks.wait().await;
         }
     }
-}
-
-/// Where the kernel really put them.
-fn bound(listeners: &[TcpListener], asked: &[SocketAddr]) -> Vec<SocketAddr> {
-    listeners.iter().zip(asked).map(|(listener, asked)| listener.local_addr().unwrap_or(*asked)).collect()
 }

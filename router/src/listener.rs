@@ -12,7 +12,7 @@ use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio_util::sync::CancellationToken;
 
 const BACKLOG: u32 = 4096;
-/// Connections of all clients together; more wait in the backlog's place, closed at once.
+/// Connections of all clients together; further ones are closed at once.
 const CONNECTIONS_MAX: u32 = 16_384;
 /// Of one client: an address, or a /64 of IPv6, which is what one customer gets.
 const CONNECTIONS_PER_CLIENT_MAX: u32 = 2_048;

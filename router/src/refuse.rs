@@ -1,17 +1,12 @@
 //! Every answer that the edge gives by itself, and its code. The same table, with causes and advice, is `docs/errors.md`.
 //!
-//! A refusal is told three ways: as JSON in the dialect's shape, as a page for a person with a browser, or as a gRPC status.
+//! A refusal has three forms: as JSON in the dialect's shape, as a page for a person with a browser, or as a gRPC status.
 
 use http::{HeaderValue, Response, StatusCode, header};
-use proto::paths::SPRITE_ERROR_HEADER;
+use proto::paths::{DIALECT_VERSION, SPRITE_ERROR_HEADER};
+use tonic::Code;
 
 use crate::body::{self, Body};
-
-/// As the node agent says it: clients attach by path from `0.0.1-rc30` on, and take what is older for another dialect.
-const DIALECT_VERSION: HeaderValue = HeaderValue::from_static("0.1.0");
-
-/// Sent by a node when it does not have the sprite it was asked for: the route was stale.
-pub const NOT_HERE: &str = "SPR-N01";
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Refusal {
@@ -39,6 +34,7 @@ pub(crate) enum Refusal {
     AnswerTimeout,
     CoordinatorUnreachable,
     WakeRefused,
+    CoordinatorBroke,
     // Load.
     TooManyWaiting,
 }
@@ -58,33 +54,223 @@ struct Facts {
     /// The dialect's `error`, which clients match on.
     error: &'static str,
     message: &'static str,
-    grpc: tonic::Code,
+    grpc: Code,
 }
 
-impl Refusal {
-    #[cfg(test)]
-    pub(crate) const ALL: [Self; 19] = [
-        Self::NoSuchSprite,
-        Self::ForeignHost,
-        Self::WrongConnection,
-        Self::Moving,
-        Self::InternalCall,
-        Self::ApiUnauthorized,
-        Self::UrlUnauthorized,
-        Self::BadHost,
-        Self::Connect,
-        Self::HeadersTooLarge,
-        Self::TargetTooLong,
-        Self::Malformed,
-        Self::NodeUnreachable,
-        Self::NodeBroke,
-        Self::WakeTimeout,
-        Self::AnswerTimeout,
-        Self::CoordinatorUnreachable,
-        Self::WakeRefused,
-        Self::TooManyWaiting,
-    ];
+/// In the order of [`Refusal`], so that the variant is the index.
+const FACTS: [(Refusal, Facts); 20] = [
+    (
+        Refusal::NoSuchSprite,
+        Facts {
+            code: "SPR-R01",
+            status: StatusCode::NOT_FOUND,
+            error: "sprite not found",
+            message: "There is no sprite of that name. `sprite list` shows yours and their URLs.",
+            grpc: Code::NotFound,
+        },
+    ),
+    (
+        Refusal::ForeignHost,
+        Facts {
+            code: "SPR-R02",
+            status: StatusCode::MISDIRECTED_REQUEST,
+            error: "host not served here",
+            message: "This edge serves the API's host and the sprites' domain, not the host of this request. Check the URL.",
+            grpc: Code::NotFound,
+        },
+    ),
+    (
+        Refusal::WrongConnection,
+        Facts {
+            code: "SPR-R03",
+            status: StatusCode::MISDIRECTED_REQUEST,
+            error: "wrong connection",
+            message: "The connection was opened for another host. Open a new one.",
+            grpc: Code::Unavailable,
+        },
+    ),
+    (
+        Refusal::Moving,
+        Facts {
+            code: "SPR-R04",
+            status: StatusCode::SERVICE_UNAVAILABLE,
+            error: "sprite is moving",
+            message: "The sprite is changing hosts. Try again in a second.",
+            grpc: Code::Unavailable,
+        },
+    ),
+    (
+        Refusal::InternalCall,
+        Facts {
+            code: "SPR-R05",
+            status: StatusCode::NOT_FOUND,
+            error: "not found",
+            message: "This gRPC service is not public. The public one is sprites.v1.Sprites.",
+            grpc: Code::Unimplemented,
+        },
+    ),
+    (
+        Refusal::ApiUnauthorized,
+        Facts {
+            code: "SPR-A01",
+            status: StatusCode::UNAUTHORIZED,
+            error: "authentication failed",
+            message: "Send `Authorization: Bearer <token>` with a valid token. `./dev env` prints the local one.",
+            grpc: Code::Unauthenticated,
+        },
+    ),
+    (
+        Refusal::UrlUnauthorized,
+        Facts {
+            code: "SPR-A02",
+            status: StatusCode::UNAUTHORIZED,
+            error: "unauthorized",
+            message: "This sprite's URL is private. Send `Authorization: Bearer <token>` with a token of its organisation, or open it to everybody with `sprite url --public`.",
+            grpc: Code::Unauthenticated,
+        },
+    ),
+    (
+        Refusal::BadHost,
+        Facts {
+            code: "SPR-B01",
+            status: StatusCode::BAD_REQUEST,
+            error: "bad host",
+            message: "The request must name one host, the same in its first line and its Host header.",
+            grpc: Code::InvalidArgument,
+        },
+    ),
+    (
+        Refusal::Connect,
+        Facts {
+            code: "SPR-B02",
+            status: StatusCode::METHOD_NOT_ALLOWED,
+            error: "CONNECT is not served",
+            message: "This is not a forward proxy. To reach a port of a sprite use `sprite proxy`.",
+            grpc: Code::Unimplemented,
+        },
+    ),
+    (
+        Refusal::HeadersTooLarge,
+        Facts {
+            code: "SPR-B03",
+            status: StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
+            error: "request header too large",
+            message: "At most 100 headers and 256 KiB in all. Send large data in the body.",
+            grpc: Code::InvalidArgument,
+        },
+    ),
+    (
+        Refusal::TargetTooLong,
+        Facts {
+            code: "SPR-B04",
+            status: StatusCode::URI_TOO_LONG,
+            error: "request target too long",
+            message: "Path and query together may have 65534 bytes. Send large data in the body.",
+            grpc: Code::InvalidArgument,
+        },
+    ),
+    (
+        Refusal::Malformed,
+        Facts {
+            code: "SPR-B05",
+            status: StatusCode::BAD_REQUEST,
+            error: "malformed request",
+            message: "This is not well-formed HTTP.",
+            grpc: Code::InvalidArgument,
+        },
+    ),
+    (
+        Refusal::NodeUnreachable,
+        Facts {
+            code: "SPR-U01",
+            status: StatusCode::SERVICE_UNAVAILABLE,
+            error: "host unreachable",
+            message: "The sprite's host does not answer. Its disk is safe; try again soon.",
+            grpc: Code::Unavailable,
+        },
+    ),
+    (
+        Refusal::NodeBroke,
+        Facts {
+            code: "SPR-U02",
+            status: StatusCode::BAD_GATEWAY,
+            error: "connection to the host broke",
+            message: "The sprite's host broke off before it answered. The request may or may not have reached the sprite.",
+            grpc: Code::Unavailable,
+        },
+    ),
+    (
+        Refusal::WakeTimeout,
+        Facts {
+            code: "SPR-U03",
+            status: StatusCode::GATEWAY_TIMEOUT,
+            error: "wake timed out",
+            message: "The sprite did not wake within 60 seconds. `sprite info` says why.",
+            grpc: Code::DeadlineExceeded,
+        },
+    ),
+    (
+        Refusal::AnswerTimeout,
+        Facts {
+            code: "SPR-U04",
+            status: StatusCode::GATEWAY_TIMEOUT,
+            error: "answer timed out",
+            message: "The sprite is awake but did not begin to answer within 5 minutes.",
+            grpc: Code::DeadlineExceeded,
+        },
+    ),
+    (
+        Refusal::CoordinatorUnreachable,
+        Facts {
+            code: "SPR-U05",
+            status: StatusCode::SERVICE_UNAVAILABLE,
+            error: "control plane unreachable",
+            message: "No coordinator answers. Sprites that are awake stay reachable; try again soon.",
+            grpc: Code::Unavailable,
+        },
+    ),
+    (
+        Refusal::WakeRefused,
+        Facts {
+            code: "SPR-U06",
+            status: StatusCode::SERVICE_UNAVAILABLE,
+            error: "sprite cannot be woken",
+            message: "No host takes the sprite now. `sprite info` says why.",
+            grpc: Code::Unavailable,
+        },
+    ),
+    (
+        Refusal::CoordinatorBroke,
+        Facts {
+            code: "SPR-U07",
+            status: StatusCode::BAD_GATEWAY,
+            error: "connection to the control plane broke",
+            message: "The coordinator broke off before it answered. The call may or may not have had an effect; look before you repeat it.",
+            grpc: Code::Unavailable,
+        },
+    ),
+    (
+        Refusal::TooManyWaiting,
+        Facts {
+            code: "SPR-L01",
+            status: StatusCode::SERVICE_UNAVAILABLE,
+            error: "too many requests wait for this sprite to wake",
+            message: "At most 128 requests wait for one sprite. Try again in a second.",
+            grpc: Code::ResourceExhausted,
+        },
+    ),
+];
 
+const _: () = {
+    let mut at = 0;
+    while at < FACTS.len() {
+        assert!(FACTS[at].0 as usize == at, "the table is not in the order of the variants");
+        at += 1;
+    }
+    assert!(Refusal::TooManyWaiting as usize + 1 == FACTS.len(), "a variant has no line in the table");
+};
+
+impl Refusal {
     pub(crate) fn code(self) -> &'static str {
         self.facts().code
     }
@@ -98,152 +284,16 @@ impl Refusal {
         }
     }
 
-    #[expect(clippy::too_many_lines, reason = "a table")]
-    fn facts(self) -> Facts {
-        let line = |code, status, error, message, grpc| Facts { code, status, error, message, grpc };
-        match self {
-            Self::NoSuchSprite => line(
-                "SPR-R01",
-                StatusCode::NOT_FOUND,
-                "sprite not found",
-                "There is no sprite of that name. `sprite list` shows yours and their URLs.",
-                tonic::Code::NotFound,
-            ),
-            Self::ForeignHost => line(
-                "SPR-R02",
-                StatusCode::MISDIRECTED_REQUEST,
-                "host not served here",
-                "This edge serves the API's host and the sprites' domain, not the host of this request. Check the URL.",
-                tonic::Code::NotFound,
-            ),
-            Self::WrongConnection => line(
-                "SPR-R03",
-                StatusCode::MISDIRECTED_REQUEST,
-                "wrong connection",
-                "The connection was opened for another host. Open a new one.",
-                tonic::Code::Unavailable,
-            ),
-            Self::Moving => line(
-                "SPR-R04",
-                StatusCode::SERVICE_UNAVAILABLE,
-                "sprite is moving",
-                "The sprite is changing hosts. Try again in a second.",
-                tonic::Code::Unavailable,
-            ),
-            Self::InternalCall => line(
-                "SPR-R05",
-                StatusCode::NOT_FOUND,
-                "not found",
-                "This gRPC service is not public. The public one is sprites.v1.Sprites.",
-                tonic::Code::Unimplemented,
-            ),
-            Self::ApiUnauthorized => line(
-                "SPR-A01",
-                StatusCode::UNAUTHORIZED,
-                "authentication failed",
-                "Send `Authorization: Bearer <token>` with a valid token. `./dev env` prints the local one.",
-                tonic::Code::Unauthenticated,
-            ),
-            Self::UrlUnauthorized => line(
-                "SPR-A02",
-                StatusCode::UNAUTHORIZED,
-                "unauthorized",
-                "This sprite's URL is private. Send `Authorization: Bearer <token>` with a token of its organisation, or open it to everybody with `sprite url --public`.",
-                tonic::Code::Unauthenticated,
-            ),
-            Self::BadHost => line(
-                "SPR-B01",
-                StatusCode::BAD_REQUEST,
-                "bad host",
-                "The request must name one host, the same in its first line and its Host header.",
-                tonic::Code::InvalidArgument,
-            ),
-            Self::Connect => line(
-                "SPR-B02",
-                StatusCode::METHOD_NOT_ALLOWED,
-                "CONNECT is not served",
-                "This is no forward proxy. To reach a port of a sprite use `sprite proxy`.",
-                tonic::Code::Unimplemented,
-            ),
-            Self::HeadersTooLarge => line(
-                "SPR-B03",
-                StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
-                "request header too large",
-                "At most 100 headers and 256 KiB in all. Send large data in the body.",
-                tonic::Code::InvalidArgument,
-            ),
-            Self::TargetTooLong => line(
-                "SPR-B04",
-                StatusCode::URI_TOO_LONG,
-                "request target too long",
-                "Path and query together may have 65534 bytes. Send large data in the body.",
-                tonic::Code::InvalidArgument,
-            ),
-            Self::Malformed => line(
-                "SPR-B05",
-                StatusCode::BAD_REQUEST,
-                "malformed request",
-                "This is not well-formed HTTP.",
-                tonic::Code::InvalidArgument,
-            ),
-            Self::NodeUnreachable => line(
-                "SPR-U01",
-                StatusCode::SERVICE_UNAVAILABLE,
-                "host unreachable",
-                "The sprite's host does not answer. Its disk is safe; try again soon.",
-                tonic::Code::Unavailable,
-            ),
-            Self::NodeBroke => line(
-                "SPR-U02",
-                StatusCode::BAD_GATEWAY,
-                "connection to the host broke",
-                "The sprite's host broke off before it answered. The request may or may not have reached the sprite.",
-                tonic::Code::Unavailable,
-            ),
-            Self::WakeTimeout => line(
-                "SPR-U03",
-                StatusCode::GATEWAY_TIMEOUT,
-                "wake timed out",
-                "The sprite did not wake within 60 seconds. `sprite info` says why.",
-                tonic::Code::DeadlineExceeded,
-            ),
-            Self::AnswerTimeout => line(
-                "SPR-U04",
-                StatusCode::GATEWAY_TIMEOUT,
-                "answer timed out",
-                "The sprite is awake but did not begin to answer within 5 minutes.",
-                tonic::Code::DeadlineExceeded,
-            ),
-            Self::CoordinatorUnreachable => line(
-                "SPR-U05",
-                StatusCode::SERVICE_UNAVAILABLE,
-                "control plane unreachable",
-                "No coordinator answers. Sprites that are awake stay reachable; try again soon.",
-                tonic::Code::Unavailable,
-            ),
-            Self::WakeRefused => line(
-                "SPR-U06",
-                StatusCode::SERVICE_UNAVAILABLE,
-                "sprite cannot be woken",
-                "No host takes the sprite now. `sprite info` says why.",
-                tonic::Code::Unavailable,
-            ),
-            Self::TooManyWaiting => line(
-                "SPR-L01",
-                StatusCode::SERVICE_UNAVAILABLE,
-                "too many requests wait for this sprite to wake",
-                "At most 128 requests wait for one sprite. Try again in a second.",
-                tonic::Code::ResourceExhausted,
-            ),
-        }
+    fn facts(self) -> &'static Facts {
+        &FACTS[self as usize].1
     }
 
     pub(crate) fn answer(self, form: Form) -> Response<Body> {
         let facts = self.facts();
         let mut response = match form {
             Form::Json => typed("application/json", self.json().into()),
-            Form::Html => typed("text/html; charset=utf-8", page(&facts).into()),
-            Form::Grpc => grpc(&facts),
+            Form::Html => typed("text/html; charset=utf-8", page(facts).into()),
+            Form::Grpc => grpc(facts),
         };
         // A gRPC client reads the status from its headers; only calls that do not exist for it keep their HTTP status.
         if form != Form::Grpc || self == Self::InternalCall {
@@ -252,7 +302,7 @@ impl Refusal {
         let headers = response.headers_mut();
         headers.insert(SPRITE_ERROR_HEADER, HeaderValue::from_static(facts.code));
         headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
-        headers.insert("sprite-version", DIALECT_VERSION);
+        headers.insert("sprite-version", HeaderValue::from_static(DIALECT_VERSION));
         if let Some(seconds) = self.retry_after_s() {
             headers.insert(header::RETRY_AFTER, seconds.into());
         }
@@ -315,22 +365,47 @@ mod tests {
 
     use super::*;
 
+    /// The host's codes, with the statuses it gives them.
+    const OF_A_HOST: [(&str, &str); 7] = [
+        ("SPR-N01", "404"),
+        ("SPR-P01", "502"),
+        ("SPR-P02", "502, 504"),
+        ("SPR-P03", "502"),
+        ("SPR-W01", "503"),
+        ("SPR-W02", "503"),
+        ("SPR-W03", "504"),
+    ];
+
     #[test]
-    fn every_code_is_unique_and_documented() {
+    fn every_code_is_documented_exactly_once() {
         let documented = include_str!("../../docs/errors.md");
-        let mut seen = HashSet::new();
-        for refusal in Refusal::ALL {
-            let facts = refusal.facts();
-            assert!(seen.insert(facts.code), "{} is used twice", facts.code);
-            let row = format!("| `{}` | {} | ", facts.code, facts.status.as_u16());
-            assert!(documented.contains(&row), "docs/errors.md has no row {row:?}");
+        let of_us = FACTS.iter().map(|(_, facts)| (facts.code, facts.status.as_str()));
+        let mut rows = 0;
+        for (code, status) in of_us.chain(OF_A_HOST) {
+            let row = format!("| `{code}` | {status} | ");
+            assert_eq!(documented.matches(&row).count(), 1, "rows of docs/errors.md that begin with {row:?}");
+            assert_eq!(documented.matches(&format!("| `{code}` |")).count(), 1, "{code} has one status");
+            rows += 1;
         }
-        assert!(documented.contains(NOT_HERE));
+        assert_eq!(documented.matches("\n| `SPR-").count(), rows, "docs/errors.md has a code that nobody gives");
+    }
+
+    #[test]
+    fn the_hosts_codes_are_those_its_source_gives() {
+        let source = concat!(
+            include_str!("../../node-agent/src/data/refusal.rs"),
+            include_str!("../../node-agent/src/data/url.rs")
+        );
+        for (code, _) in OF_A_HOST {
+            assert!(source.contains(&format!("\"{code}\"")), "a host does not give {code} any more");
+        }
+        let given: HashSet<&str> = source.split('"').filter(|text| text.starts_with("SPR-")).collect();
+        assert_eq!(given.len(), OF_A_HOST.len(), "{given:?}");
     }
 
     #[test]
     fn browsers_get_a_page_that_says_what_to_do() {
-        let html = page(&Refusal::UrlUnauthorized.facts());
+        let html = page(Refusal::UrlUnauthorized.facts());
         assert!(html.contains("<code>sprite url --public</code>"), "{html}");
         assert!(html.contains("<code>Authorization: Bearer &lt;token&gt;</code>"), "{html}");
     }

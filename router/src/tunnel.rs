@@ -18,7 +18,7 @@ use crate::{
     activity::{Activity, Watched},
 };
 
-/// The dialect pings every 15 s; somebody who says nothing for so long is gone.
+/// The dialect pings every 15 s; somebody who says nothing for this long is gone.
 const SILENCE_MAX: Duration = Duration::from_secs(15 * 60);
 const SILENCE_CHECK: Duration = Duration::from_secs(30);
 /// Both sides were answered with 101, so that the switch itself is only a matter of scheduling.

@@ -21,7 +21,7 @@ use crate::{
     edge::HEAD_BYTES_MAX,
 };
 
-/// A listener whose queue is full for so long is not serving anybody.
+/// A listener whose queue is full for this long is not serving anybody.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(2);
 /// A process that restarts is back within this; requests are held meanwhile rather than refused.
 const CONNECT_PAUSES: [Duration; 4] =

@@ -117,9 +117,7 @@ pub(crate) enum ConfigError {
     Instance(String),
     #[error("host name {0:?} is not a lower-case DNS name")]
     Host(String),
-    #[error(
-        "the API's host {api_host} lies under the domain of sprites, {domain}: a sprite could pose as the API (ruling 25)"
-    )]
+    #[error("the API's host {api_host} lies under the domain of sprites, {domain}: a sprite could pose as the API")]
     SharedOrigin { api_host: String, domain: String },
 }
 

@@ -22,7 +22,7 @@ const LEAVE_DEADLINE: Duration = Duration::from_secs(10);
 pub(crate) struct NodeArguments {
     #[command(flatten)]
     settings: Settings,
-    /// Run sprites although hardware virtualisation does not work. TCG is no boundary between tenants.
+    /// Run sprites although hardware virtualisation does not work. TCG is not a boundary between tenants.
     #[arg(long)]
     allow_tcg: bool,
 }
@@ -32,9 +32,7 @@ pub(crate) async fn run(arguments: NodeArguments) -> anyhow::Result<()> {
     if let Probe::Unusable(reason) = kvm::probe()
         && !arguments.allow_tcg
     {
-        anyhow::bail!(
-            "{reason}. Without KVM nothing separates tenants (ruling 11); pass --allow-tcg to run sprites anyway"
-        );
+        anyhow::bail!("{reason}. Without KVM nothing separates tenants; pass --allow-tcg to run sprites anyway");
     }
     let mut signals = StopSignals::catch().context("cannot catch signals")?;
     let _lock = config.data.lock("node")?;

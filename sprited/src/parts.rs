@@ -198,7 +198,6 @@ pub(crate) async fn start_router(config: &Config) -> anyhow::Result<Part> {
     let identity = tokio::task::spawn_blocking(move || Ca::ensure(&folder)?.server(&names)).await??;
     let router = Router::bind(router::Config {
         listen: edge_addresses(config.listen),
-        listen_http: Vec::new(),
         identity,
         api_hosts,
         sprite_domain: config.domain.clone(),

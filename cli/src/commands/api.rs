@@ -5,19 +5,17 @@ use std::{
     io::{self, Read as _},
 };
 
-use bytes::Bytes;
-use clap::{Args, Parser};
-use http::{HeaderName, HeaderValue, Method};
-use http_body_util::BodyExt as _;
-
 use super::Done;
 use crate::{
-    api::{Call, LONG_LIMIT},
+    api::{Call, LONG_LIMIT, next_piece},
     context::Context,
-    failure::{Failure, chain},
+    failure::Failure,
     output,
     target::Target,
 };
+use bytes::Bytes;
+use clap::{Args, Parser};
+use http::{HeaderName, HeaderValue, Method};
 
 /// The API takes no larger JSON; files have their own calls.
 const BODY_BYTES_MAX: u64 = 64 << 20;
@@ -27,7 +25,7 @@ const BODY_BYTES_MAX: u64 = 64 << 20;
 Examples:
   sprite api /v1/sprites
   sprite api -s demo checkpoints                             the same as /v1/sprites/demo/checkpoints
-  sprite api -s demo policy/network -d '{\"rules\":[]}'        a body makes it a POST
+  sprite api -s demo wake-timers -d '{\"every\":\"1h\"}'        a body makes it a POST
   sprite api -X PUT /v1/sprites/demo -d @settings.json -- -i
 
 The answer goes to stdout as it is. Exit code 1 if its status is 400 or more.")]
@@ -93,11 +91,7 @@ pub(crate) async fn run(context: &Context, arguments: Arguments) -> Done {
     }
     let mut body = answer.into_body();
     let mut last = b'\n';
-    while let Some(frame) = body.frame().await {
-        let data = frame
-            .map_err(|error| Failure::new(format!("the answer broke off: {}", chain(&error))))?
-            .into_data()
-            .unwrap_or_default();
+    while let Some(data) = next_piece(&mut body).await? {
         last = data.last().copied().unwrap_or(last);
         output::raw(&data)?;
     }

@@ -49,11 +49,11 @@ enum Command {
     /// Show them, newest first
     #[command(visible_alias = "ls")]
     List {
-        /// Only those that this one grew from
-        #[arg(long, value_name = "VERSION")]
+        /// For compatibility; the history of a checkpoint is not kept
+        #[arg(long, value_name = "VERSION", hide = true)]
         history: Option<String>,
-        /// Those made by the system, too
-        #[arg(long)]
+        /// For compatibility; nothing makes checkpoints by itself
+        #[arg(long, hide = true)]
         include_auto: bool,
         /// Print JSON
         #[arg(long)]
@@ -67,7 +67,7 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// Remove one and free what only it holds
+    /// Remove one; its space is freed with the sprite
     #[command(visible_alias = "rm")]
     Delete {
         /// For example v1
@@ -97,16 +97,7 @@ pub(crate) async fn run(context: &Context, arguments: Arguments) -> Done {
     let api = context.api()?;
     match arguments.command {
         Command::Create { comment, durable, json } => create(&api, &sprite, comment, durable, json).await,
-        Command::List { history, include_auto, json } => {
-            let mut target = Target::sprite(&sprite).then("checkpoints");
-            if let Some(history) = history {
-                target = target.with("history", &history);
-            }
-            if include_auto {
-                target = target.with("includeAuto", "true");
-            }
-            list(&api, &sprite, target, json).await
-        }
+        Command::List { json, history: _, include_auto: _ } => list(&api, &sprite, json).await,
         Command::Info { version, json } => info(&api, &sprite, &version, json).await,
         Command::Delete { version } => {
             let call = Call::new(Method::DELETE, one(&sprite, &version)).within(LONG_LIMIT);
@@ -164,8 +155,8 @@ fn finish(done: &Value, otherwise: &str, started: Instant, json: bool) -> Done {
     Ok(0)
 }
 
-async fn list(api: &Api, sprite: &str, target: Target, json: bool) -> Done {
-    let found = api.json(&Call::get(target)).await.map_err(about(sprite))?;
+async fn list(api: &Api, sprite: &str, json: bool) -> Done {
+    let found = api.json(&Call::get(Target::sprite(sprite).then("checkpoints"))).await.map_err(about(sprite))?;
     if json {
         output::json(&found)?;
         return Ok(0);
@@ -194,7 +185,6 @@ fn state(checkpoint: &Value) -> String {
         (is("durable"), "in the bucket"),
         (is("is_current_base") || is("current"), "current base"),
         (checkpoint["consistency"] == "crash", "crash-consistent"),
-        (is("is_auto"), "automatic"),
         (checkpoint["health"].as_str().is_some_and(|health| !health.is_empty()), "damaged"),
     ];
     words.into_iter().filter(|(applies, _)| *applies).map(|(_, word)| word).collect::<Vec<_>>().join(", ")
@@ -213,9 +203,6 @@ async fn info(api: &Api, sprite: &str, version: &str, json: bool) -> Done {
         if let Some(value) = checkpoint[key].as_str().filter(|value| !value.is_empty()) {
             table.row([fact.to_owned(), value.to_owned()]);
         }
-    }
-    if let Some(history) = checkpoint["history"].as_array().filter(|history| !history.is_empty()) {
-        table.row(["history".to_owned(), history.iter().filter_map(Value::as_str).collect::<Vec<_>>().join(", ")]);
     }
     let state = state(&checkpoint);
     if !state.is_empty() {

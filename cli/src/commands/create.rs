@@ -25,7 +25,7 @@ Examples:
   sprite create ci-7 --label ci --idle-timeout 5m --json
   sprite create bot --always-on                       never sleeps, restarted after a loss")]
 pub(crate) struct Arguments {
-    /// Its name [default: one that nobody has]
+    /// Its name [default: a random one]
     name: Option<String>,
     /// Do not open a shell in it
     #[arg(long)]
@@ -36,7 +36,7 @@ pub(crate) struct Arguments {
     /// s (1 CPU, 1 GiB), m (2, 2) or l (4, 4) [default: m]
     #[arg(long, value_name = "s|m|l")]
     size: Option<String>,
-    /// Falls asleep when unused for so long, for example 10m, or `never` [default: 30s]
+    /// Sleeps after this long without use, for example 10m, or `never` [default: 30s]
     #[arg(long, value_name = "DURATION", value_parser = units::duration_or_never)]
     idle_timeout: Option<String>,
     /// Never sleeps, and is started again after a loss
@@ -85,7 +85,7 @@ fn explain(error: CallError, name: &str) -> Failure {
     let failure = Failure::from(refused);
     match status.as_u16() {
         // A server with more to say about it says so itself.
-        409 if failure.advice.is_none() => Failure::new(format!("a sprite {name:?} exists already"))
+        409 if failure.advice.is_none() => Failure::new(format!("a sprite named {name:?} already exists"))
             .advise("take another name, or `sprite destroy` it first"),
         400 | 422 if failure.advice.is_none() => failure.advise(NAME_RULE),
         _ => failure,

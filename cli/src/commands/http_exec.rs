@@ -97,7 +97,7 @@ async fn send_stdin(writer: &mut (impl AsyncWrite + Unpin)) {
 
 async fn frames_to_output(api: &Api, reader: &mut (impl AsyncBufRead + Unpin)) -> Done {
     let (mut stdout, mut stderr) = (tokio::io::stdout(), tokio::io::stderr());
-    let lost = || Failure::new("the answer ended before the command").advise("how far the command came is unknown");
+    let lost = || Failure::new("the answer ended before the command").advise("how far the command got is unknown");
     loop {
         let chunk = read_chunk(reader).await.map_err(|error| api.broken(&error))?.ok_or_else(lost)?;
         let written = match frames::frame(chunk) {

@@ -154,7 +154,7 @@ fn ask_for_token() -> Result<String, Failure> {
     let mut token = String::new();
     io::Read::take(stdin.lock(), u64::try_from(TOKEN_CHARS_MAX).unwrap_or(u64::MAX))
         .read_line(&mut token)
-        .map_err(|error| Failure::new(format!("no token on the standard input: {error}")))?;
+        .map_err(|error| Failure::new(format!("no token on standard input: {error}")))?;
     if asked {
         // Up one line and clear it.
         drop(write!(io::stderr(), "\x1b[1A\x1b[2K"));

@@ -3,7 +3,7 @@
 use std::{net::Ipv4Addr, net::Ipv6Addr, sync::Arc, time::Duration};
 
 use clap::Args;
-use futures_util::{SinkExt as _, StreamExt as _};
+use futures_util::{Sink, SinkExt as _, StreamExt as _, stream::SplitStream};
 use serde_json::{Value, json};
 use tokio::{
     io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _},
@@ -29,7 +29,7 @@ const CONNECTIONS_MAX: usize = 256;
 const PIECE_BYTES: usize = 64 << 10;
 /// For the server to say whether the port answers.
 const STATUS_LIMIT: Duration = Duration::from_secs(30);
-/// The protocol cannot say that one direction has ended. After our side's end the other may go on as long as it is not silent for so long.
+/// The protocol cannot say that one direction has ended. After our side's end the other may go on as long as it is never silent for this long.
 const HALF_CLOSED_MAX: Duration = Duration::from_secs(10);
 /// After an accept that failed, mostly for want of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
@@ -172,77 +172,82 @@ async fn open(api: &Api, sprite: &str, host: &str, port: u16) -> Result<Socket, 
 /// Moves bytes until the sprite's side ends.
 async fn splice(
     socket: Socket,
-    mut local_in: impl AsyncRead + Unpin,
-    mut local_out: impl AsyncWrite + Unpin,
+    local_in: impl AsyncRead + Unpin,
+    local_out: impl AsyncWrite + Unpin,
 ) -> Result<(), Failure> {
-    let (mut sink, mut stream) = socket.split();
+    let (mut sink, stream) = socket.split();
     let local_ended = Notify::new();
-    let there = async {
-        let mut ping = tokio::time::interval_at(Instant::now() + PING_EVERY, PING_EVERY);
-        let mut piece = vec![0; PIECE_BYTES];
-        let mut open = true;
-        loop {
-            let message = tokio::select! {
-                read = local_in.read(&mut piece), if open => match read {
-                    Ok(len) if len > 0 => Message::Binary(bytes::Bytes::copy_from_slice(&piece[..len])),
-                    Ok(_) | Err(_) => {
-                        open = false;
-                        local_ended.notify_one();
-                        continue;
-                    }
-                },
-                _ = ping.tick() => Message::Ping(bytes::Bytes::new()),
-            };
-            // Why it takes no more, the reading half says.
-            if sink.send(message).await.is_err() {
-                return std::future::pending::<()>().await;
-            }
-        }
-    };
-    let here = async {
-        let (mut last_frame, mut last_data, mut half_closed) = (Instant::now(), Instant::now(), false);
-        loop {
-            let limit = if half_closed { last_data + HALF_CLOSED_MAX } else { last_frame + SILENCE_MAX };
-            let message = tokio::select! {
-                () = local_ended.notified() => {
-                    (half_closed, last_data) = (true, Instant::now());
-                    continue;
-                }
-                message = tokio::time::timeout_at(limit, stream.next()) => message,
-            };
-            last_frame = Instant::now();
-            match message {
-                Ok(Some(Ok(Message::Binary(data)))) => {
-                    last_data = last_frame;
-                    if local_out.write_all(&data).await.is_err() || local_out.flush().await.is_err() {
-                        return Ok(());
-                    }
-                }
-                Ok(Some(Ok(Message::Close(_))) | None) => {
-                    // Whoever has left needs no end.
-                    drop(local_out.shutdown().await);
-                    return Ok(());
-                }
-                Ok(Some(Ok(_))) => {}
-                Ok(Some(Err(error))) => {
-                    return Err(Failure::new(format!("a proxied connection broke: {}", chain(&error))));
-                }
-                Err(_elapsed) if half_closed => return Ok(()),
-                Err(_elapsed) => {
-                    return Err(Failure::new(format!(
-                        "a proxied connection was silent for {} s",
-                        SILENCE_MAX.as_secs()
-                    )));
-                }
-            }
-        }
-    };
     let done = tokio::select! {
-        done = here => done,
-        () = there => Ok(()),
+        done = download(stream, local_out, &local_ended) => done,
+        () = upload(local_in, &mut sink, &local_ended) => Ok(()),
     };
     drop(tokio::time::timeout(Duration::from_secs(1), sink.send(goodbye())).await);
     done
+}
+
+/// Sends what comes from here, and pings. Never ends: when a connection is over, the reading half says.
+async fn upload(mut local_in: impl AsyncRead + Unpin, sink: &mut (impl Sink<Message> + Unpin), local_ended: &Notify) {
+    let mut ping = tokio::time::interval_at(Instant::now() + PING_EVERY, PING_EVERY);
+    let mut piece = vec![0; PIECE_BYTES];
+    let mut open = true;
+    loop {
+        let message = tokio::select! {
+            read = local_in.read(&mut piece), if open => match read {
+                Ok(len) if len > 0 => Message::Binary(bytes::Bytes::copy_from_slice(&piece[..len])),
+                Ok(_) | Err(_) => {
+                    open = false;
+                    local_ended.notify_one();
+                    continue;
+                }
+            },
+            _ = ping.tick() => Message::Ping(bytes::Bytes::new()),
+        };
+        if sink.send(message).await.is_err() {
+            return std::future::pending::<()>().await;
+        }
+    }
+}
+
+/// Writes out what the sprite sends, until its end, or until one side was silent for too long.
+async fn download(
+    mut stream: SplitStream<Socket>,
+    mut local_out: impl AsyncWrite + Unpin,
+    local_ended: &Notify,
+) -> Result<(), Failure> {
+    let (mut last_frame, mut last_data, mut half_closed) = (Instant::now(), Instant::now(), false);
+    loop {
+        let limit = if half_closed { last_data + HALF_CLOSED_MAX } else { last_frame + SILENCE_MAX };
+        let message = tokio::select! {
+            () = local_ended.notified() => {
+                (half_closed, last_data) = (true, Instant::now());
+                continue;
+            }
+            message = tokio::time::timeout_at(limit, stream.next()) => message,
+        };
+        last_frame = Instant::now();
+        match message {
+            Ok(Some(Ok(Message::Binary(data)))) => {
+                last_data = last_frame;
+                if local_out.write_all(&data).await.is_err() || local_out.flush().await.is_err() {
+                    return Ok(());
+                }
+            }
+            Ok(Some(Ok(Message::Close(_))) | None) => {
+                // Whoever has left needs no end.
+                drop(local_out.shutdown().await);
+                return Ok(());
+            }
+            Ok(Some(Ok(_))) => {}
+            Ok(Some(Err(error))) => {
+                return Err(Failure::new(format!("a proxied connection broke: {}", chain(&error))));
+            }
+            Err(_elapsed) if half_closed => return Ok(()),
+            Err(_elapsed) => {
+                let silent_s = SILENCE_MAX.as_secs();
+                return Err(Failure::new(format!("a proxied connection was silent for {silent_s} s")));
+            }
+        }
+    }
 }
 
 #[cfg(test)]

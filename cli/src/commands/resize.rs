@@ -25,7 +25,7 @@ A disk can only grow. It costs what is written on it, not what it could hold. Th
 pub(crate) struct Arguments {
     /// The sprite
     name: Option<String>,
-    /// How large its disk shall be, for example 200G or 1T
+    /// The new size of its disk, for example 200G or 1T
     #[arg(long, value_name = "SIZE", value_parser = units::size_bytes)]
     disk: u64,
 }
@@ -34,7 +34,7 @@ pub(crate) async fn run(context: &Context, arguments: Arguments) -> Done {
     let name = context.sprite(arguments.name.as_deref())?;
     if !arguments.disk.is_multiple_of(MIB) || arguments.disk == 0 {
         return Err(
-            Failure::usage(format!("{} bytes are not whole mebibytes", arguments.disk)).advise("say it like 200G")
+            Failure::usage(format!("{} bytes are not whole mebibytes", arguments.disk)).advise("for example 200G")
         );
     }
     let call =

@@ -44,10 +44,10 @@ enum Command {
     Kill {
         /// The session's id
         id: String,
-        /// What it gets first
+        /// The signal it gets first
         #[arg(long, default_value = "TERM")]
         signal: String,
-        /// When it gets KILL
+        /// How long it may take to end before it gets KILL
         #[arg(long, default_value = "10s", value_parser = units::duration)]
         timeout: std::time::Duration,
     },
@@ -159,7 +159,7 @@ async fn kill(api: &Api, sprite: &str, target: Target) -> Done {
             Some(_) | None => {}
         }
     }
-    Err(Failure::new("the server broke off before the session's end")
+    Err(Failure::new("the server broke off before the session ended")
         .advise("`sprite sessions list` shows whether it is still there"))
 }
 

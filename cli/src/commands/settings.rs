@@ -85,8 +85,8 @@ struct Update {
     /// Who may open its URL
     #[arg(long)]
     url_auth: Option<Auth>,
-    /// Who in the organisation may open a private URL
-    #[arg(long, value_name = "admins|org_users")]
+    /// For compatibility; every token of the organisation opens a private URL
+    #[arg(long, value_name = "org_users", hide = true)]
     private_access: Option<String>,
     /// Its labels from now on, instead of those it has; may be repeated
     #[arg(long = "label", value_name = "LABEL", conflicts_with = "clear_labels")]
@@ -94,7 +94,7 @@ struct Update {
     /// Remove all labels
     #[arg(long)]
     clear_labels: bool,
-    /// Falls asleep when unused for so long, or `never`
+    /// Sleeps after this long without use, or `never`
     #[arg(long, value_name = "DURATION", value_parser = units::duration_or_never)]
     idle_timeout: Option<String>,
     /// Never sleeps, and is started again after a loss

@@ -46,14 +46,16 @@ Examples:
   sprite wake demo --at 07:30                 the next time it is 07:30 here
   sprite wake demo --at 2026-12-31T23:00:00Z --at +2h
   sprite wake demo --every 1h
-  sprite wake demo --every never              forgets its timers")]
+  sprite wake demo --every never              forgets its timers
+
+What is not named stays: --every keeps the times of an earlier --at, and the other way round.")]
 pub(crate) struct Wake {
     /// The sprite
     name: Option<String>,
     /// Wake it then instead of now; may be repeated
     #[arg(long, value_name = "TIME")]
     at: Vec<String>,
-    /// Wake it so often, for example 1h; `never` forgets all its timers
+    /// Wake it again and again, this far apart, for example 1h; `never` forgets all its timers
     #[arg(long, value_name = "DURATION", value_parser = units::duration_or_never)]
     every: Option<String>,
     /// Print the answer as JSON
@@ -70,8 +72,9 @@ pub(crate) async fn sleep(context: &Context, arguments: Sleep) -> Done {
     };
     let call = Call::post(Target::sprite(&name).then("sleep"), &json!({ "to": to })).within(LONG_LIMIT);
     let started = Instant::now();
-    let answer =
-        output::with_spinner(format!("{name} falls asleep"), context.api()?.json(&call)).await.map_err(about(&name))?;
+    let answer = output::with_spinner(format!("putting {name} to sleep"), context.api()?.json(&call))
+        .await
+        .map_err(about(&name))?;
     say(answer, arguments.json, |sprite| {
         let frozen = sprite.0["frozen_ms"].as_u64().map(|ms| format!(", frozen in {ms} ms")).unwrap_or_default();
         let after = took(started.elapsed());
@@ -89,17 +92,16 @@ pub(crate) async fn wake(context: &Context, arguments: Wake) -> Done {
         let now = Zoned::now();
         let at = arguments.at.iter().map(|text| units::time_to_come(text, &now).map(|time| time.to_string()));
         let at = at.collect::<Result<Vec<_>, _>>().map_err(|error| Failure::usage(format!("--at: {error}")))?;
-        let every = arguments.every.filter(|every| every != "never").unwrap_or_default();
-        let answer = api
-            .json(&Call::post(Target::sprite(&name).then("wake"), &json!({ "at": at, "every": every })))
-            .await
-            .map_err(about(&name))?;
-        return say(answer, arguments.json, |_| match (at.as_slice(), every.as_str()) {
-            ([], "") => format!("✓ {name} is not woken by a timer any more"),
-            (at, every) => {
-                let times =
-                    at.iter().map(|at| format!("at {at}")).chain((!every.is_empty()).then(|| format!("every {every}")));
-                format!("✓ {name} will be woken {}", times.collect::<Vec<_>>().join(", "))
+        let every = arguments.every.as_deref();
+        let call = Call::post(Target::sprite(&name).then("wake"), &timers(&at, every));
+        let answer = api.json(&call).await.map_err(about(&name))?;
+        return say(answer, arguments.json, |_| {
+            let every = every.filter(|every| *every != "never").map(|every| format!("every {every}"));
+            let times: Vec<_> = at.iter().map(|at| format!("at {at}")).chain(every).collect();
+            if times.is_empty() {
+                format!("✓ {name} is not woken by a timer any more")
+            } else {
+                format!("✓ {name} will be woken {}", times.join(", "))
             }
         });
     }
@@ -113,6 +115,18 @@ pub(crate) async fn wake(context: &Context, arguments: Wake) -> Done {
         };
         format!("✓ {name} is {} after {}{from}", shown(sprite, "awake"), took(started.elapsed()))
     })
+}
+
+/// Only what the user named: what is absent stays as it is.
+fn timers(at: &[String], every: Option<&str>) -> Value {
+    let mut body = json!({});
+    if !at.is_empty() {
+        body["at"] = json!(at);
+    }
+    if let Some(every) = every {
+        body["every"] = json!(every);
+    }
+    body
 }
 
 /// The sprite's state, whether the answer is the sprite or has it in it.
@@ -129,4 +143,17 @@ fn say(answer: Value, json: bool, line: impl FnOnce(&Sprite) -> String) -> Done 
         output::answer(line(&Sprite(answer)))?;
     }
     Ok(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_timer_that_is_not_named_is_not_sent() {
+        let at = ["2030-01-01T00:00:00Z".to_owned()];
+        assert_eq!(timers(&[], Some("1h")), json!({ "every": "1h" }));
+        assert_eq!(timers(&at, None), json!({ "at": at }));
+        assert_eq!(timers(&[], Some("never")), json!({ "every": "never" }));
+    }
 }

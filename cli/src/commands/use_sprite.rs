@@ -14,7 +14,7 @@ Examples:
   sprite use              which one is it?
   sprite use --unset")]
 pub(crate) struct Arguments {
-    /// The sprite that this folder's commands mean
+    /// The sprite for commands in this folder
     name: Option<String>,
     /// Forget the choice
     #[arg(long, conflicts_with = "name")]

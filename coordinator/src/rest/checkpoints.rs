@@ -1,9 +1,12 @@
-//! Checkpoints (sprites-api.md §8).
+//! Checkpoints.
 
 use axum::{body::Body, http::StatusCode, response::Response};
 use futures_util::{Stream, StreamExt as _};
 use jiff::Timestamp;
-use proto::public::{Checkpoint, CheckpointEvent};
+use proto::{
+    paths::CURRENT_CHECKPOINT,
+    public::{Checkpoint, CheckpointEvent},
+};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -13,11 +16,6 @@ use crate::{
     service::CheckpointEvents,
     view::{time, time_of_ms},
 };
-
-/// The synthetic entry of a list for the live state.
-const CURRENT: &str = "Current";
-/// Ids of automatic checkpoints begin so; they are listed when asked for.
-const AUTO_PREFIX: &str = "auto-";
 
 #[derive(Deserialize)]
 struct CreateBody {
@@ -38,10 +36,8 @@ pub(super) async fn restore(call: &Call, name: &str, id: &str) -> Result<Respons
 }
 
 pub(super) async fn list(call: &Call, name: &str) -> Result<Response, Refusal> {
-    let with_auto = call.query("includeAuto").is_some_and(|value| value == "true" || value == "1");
     let checkpoints = call.service.checkpoints(call.org(), name).await?;
-    let shown = checkpoints.iter().filter(|checkpoint| with_auto || !checkpoint.id.starts_with(AUTO_PREFIX));
-    let all: Vec<Value> = std::iter::once(current(&checkpoints)).chain(shown.map(object)).collect();
+    let all: Vec<Value> = std::iter::once(current(&checkpoints)).chain(checkpoints.iter().map(object)).collect();
     Ok(json_response(StatusCode::OK, &Value::Array(all)))
 }
 
@@ -49,7 +45,7 @@ pub(super) async fn get(call: &Call, name: &str, id: &str) -> Result<Response, R
     let checkpoints = call.service.checkpoints(call.org(), name).await?;
     let found = match checkpoints.iter().find(|checkpoint| checkpoint.id == id) {
         Some(checkpoint) => object(checkpoint),
-        None if id == CURRENT => current(&checkpoints),
+        None if id == CURRENT_CHECKPOINT => current(&checkpoints),
         None => return Err(Refusal::CheckpointNotFound { id: id.to_owned() }),
     };
     Ok(json_response(StatusCode::OK, &found))
@@ -66,7 +62,8 @@ fn object(checkpoint: &Checkpoint) -> Value {
         // Clients need a time, always.
         "create_time": time_of_ms(checkpoint.create_unix_ms).unwrap_or_else(|| time(Timestamp::UNIX_EPOCH)),
         "comment": checkpoint.comment,
-        "is_auto": checkpoint.id.starts_with(AUTO_PREFIX),
+        // Nothing makes checkpoints by itself; clients expect the field.
+        "is_auto": false,
         "health": "",
         "durable": checkpoint.durable,
         "lost": checkpoint.lost,
@@ -80,7 +77,8 @@ fn object(checkpoint: &Checkpoint) -> Value {
 }
 
 fn current(checkpoints: &[Checkpoint]) -> Value {
-    let mut object = json!({ "id": CURRENT, "create_time": time(Timestamp::now()), "is_auto": false, "health": "" });
+    let mut object =
+        json!({ "id": CURRENT_CHECKPOINT, "create_time": time(Timestamp::now()), "is_auto": false, "health": "" });
     if let Some(base) = checkpoints.iter().find(|checkpoint| checkpoint.is_current_base) {
         object["source_id"] = base.id.as_str().into();
     }

@@ -53,11 +53,11 @@ pub(super) async fn sleep(call: &Call, body: Body, name: &str) -> Result<Respons
     Ok(json_response(StatusCode::OK, &body))
 }
 
-/// Wakes it now; with `at` or `every` it sets timers instead.
+/// Wakes it now; with `at` or `every` it sets those timers instead, and leaves the others.
 pub(super) async fn wake(call: &Call, body: Body, name: &str) -> Result<Response, Refusal> {
     let body: WakeTimersBody = read_json(body).await?;
     if body.at.is_some() || body.every.is_some() {
-        let view = put_timers(call, name, &body, Replace::Both).await?;
+        let view = put_timers(call, name, &body, Replace::Named).await?;
         return Ok(json_response(StatusCode::OK, &json!({ "sprite": view.to_json() })));
     }
     let (view, reply) = call.service.wake(call.org(), name).await?;

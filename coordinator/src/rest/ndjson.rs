@@ -1,4 +1,4 @@
-//! Answers of one JSON object a line, kept alive by blank lines (sprites-api.md §3).
+//! Answers of one JSON object a line, kept alive by blank lines.
 
 use std::{convert::Infallible, time::Duration};
 

@@ -112,7 +112,7 @@ pub(super) async fn destroy(call: &Call, name: &str) -> Result<Response, Refusal
 
 pub(super) async fn list(call: &Call) -> Result<Response, Refusal> {
     let prefix = call.query("prefix").unwrap_or_default();
-    // What is no number is taken as none: the dialect clamps, it does not refuse.
+    // Anything that is not a number is taken as none: the dialect clamps, it does not refuse.
     let limit = call.query("max_results").and_then(|text| text.parse().ok()).unwrap_or(PAGE_MAX);
     let after = call
         .query("continuation_token")
@@ -187,11 +187,14 @@ fn url_auth(text: &str) -> Result<UrlAuth, Refusal> {
     }
 }
 
+/// Tokens have no roles yet, so what would keep others of the organisation out is refused: nobody shall believe that it does.
 fn private_access(text: &str) -> Result<String, Refusal> {
     match text {
-        "admins" | "org_users" => Ok(text.to_owned()),
-        other => {
-            Err(Refusal::Invalid(format!("url_settings.private_access {other:?} is neither admins nor org_users")))
-        }
+        "org_users" => Ok(text.to_owned()),
+        "admins" => Err(Refusal::Invalid(
+            "url_settings.private_access \"admins\" is not supported yet: every token of the organisation opens a private URL (\"org_users\")"
+                .to_owned(),
+        )),
+        other => Err(Refusal::Invalid(format!("url_settings.private_access {other:?} is not org_users"))),
     }
 }

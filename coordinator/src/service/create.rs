@@ -28,10 +28,10 @@ use crate::{
     view::{SPRITES_PER_ORG_MAX, View},
 };
 
-/// A create that may wait for room waits so long: the strictest client gives up after 30 s.
+/// How long a create that may wait for room waits: the strictest client gives up after 30 s.
 const CAPACITY_WAIT: Duration = Duration::from_secs(25);
 const CAPACITY_PAUSE: Duration = Duration::from_secs(1);
-/// A quota may overshoot by what other coordinators made in so long (ruling 9).
+/// A quota may overshoot by what other coordinators made in this time.
 const QUOTA_AGE_MAX: Duration = Duration::from_secs(30);
 const QUOTA_PATIENCE: Duration = Duration::from_secs(2);
 /// A name that is being freed is waited for by trying again.

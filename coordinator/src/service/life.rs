@@ -5,8 +5,9 @@ use std::pin::Pin;
 use futures_util::{Stream, StreamExt as _};
 use proto::{
     node::{SleepReply, SpriteStatus, WakeReply},
+    paths::CURRENT_CHECKPOINT,
     public::{Checkpoint, CheckpointEvent},
-    record::SpriteRecord,
+    record::{CHECKPOINT_COMMENT_BYTES_MAX, SpriteRecord},
 };
 
 use super::Service;
@@ -14,9 +15,6 @@ use crate::{refusal::Refusal, view::View};
 
 /// What a checkpoint or restore says while it goes on; an error is the last item.
 pub(crate) type CheckpointEvents = Pin<Box<dyn Stream<Item = Result<CheckpointEvent, Refusal>> + Send>>;
-
-/// The live state in a list of checkpoints.
-const CURRENT: &str = "Current";
 
 impl Service {
     pub(crate) async fn sleep(&self, org: &str, name: &str, to: &str) -> Result<(View, SleepReply), Refusal> {
@@ -71,10 +69,10 @@ impl Service {
         comment: String,
         durable: bool,
     ) -> Result<CheckpointEvents, Refusal> {
-        const COMMENT_BYTES_MAX: usize = 4096;
-        if comment.len() > COMMENT_BYTES_MAX {
+        // Before anything is frozen for it.
+        if comment.len() > CHECKPOINT_COMMENT_BYTES_MAX {
             return Err(Refusal::Invalid(format!(
-                "a comment of {} bytes is longer than {COMMENT_BYTES_MAX}",
+                "the comment has {} bytes; a checkpoint's comment has at most {CHECKPOINT_COMMENT_BYTES_MAX}",
                 comment.len()
             )));
         }
@@ -99,8 +97,8 @@ impl Service {
 
     pub(crate) async fn delete_checkpoint(&self, org: &str, name: &str, checkpoint: &str) -> Result<(), Refusal> {
         let record = self.record(org, name).await?.value;
-        if checkpoint == CURRENT {
-            return Err(Refusal::Conflict("the live state is no checkpoint that could be deleted".to_owned()));
+        if checkpoint == CURRENT_CHECKPOINT {
+            return Err(Refusal::Conflict("the live state is not a checkpoint and cannot be deleted".to_owned()));
         }
         let (service, checkpoint) = (self.clone(), checkpoint.to_owned());
         Self::detached(async move { service.node().delete_checkpoint(record.id, &checkpoint).await }).await

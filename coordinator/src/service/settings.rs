@@ -61,15 +61,15 @@ impl WakeTimers {
     /// Neither times nor a period.
     pub(crate) const NONE: Self = Self { at: Some(Vec::new()), every_ms: Some(None) };
 
-    /// `at`: RFC 3339 times, or durations from now; `every`: a duration, empty for none.
+    /// `at`: RFC 3339 times, or durations from now; `every`: a duration, empty for none, `never` for no timers at all but those of `at`.
     pub(crate) fn parse(at: Option<&[String]>, every: Option<&str>, now: Timestamp) -> Result<Self, Refusal> {
         let at = at.map(|at| wake_times(at, now)).transpose()?;
-        let every_ms = match every {
-            None => None,
-            Some("") => Some(None),
-            Some(text) => Some(Some(wake_every_ms(text)?)),
-        };
-        Ok(Self { at, every_ms })
+        Ok(match every {
+            None => Self { at, every_ms: None },
+            Some("") => Self { at, every_ms: Some(None) },
+            Some("never") => Self { at: at.or(Self::NONE.at), every_ms: Some(None) },
+            Some(text) => Self { at, every_ms: Some(Some(wake_every_ms(text)?)) },
+        })
     }
 }
 
@@ -102,7 +102,9 @@ fn wake_every_ms(text: &str) -> Result<u64, Refusal> {
         Some(every) if (WAKE_EVERY_MIN..=PERIOD_MAX).contains(&every) => {
             Ok(u64::try_from(every.as_millis()).unwrap_or(u64::MAX))
         }
-        _ => Err(Refusal::Invalid(format!("wake period {text:?} is not a duration from 1m to a year, such as 1h"))),
+        _ => Err(Refusal::Invalid(format!(
+            "wake period {text:?} is not a duration from 1m to a year, such as 1h, or `never`"
+        ))),
     }
 }
 
@@ -172,6 +174,7 @@ mod tests {
         assert_eq!(every("1h"), Some(Some(Some(3_600_000))));
         assert_eq!(every(""), Some(Some(None)));
         assert_eq!(every("1s"), None);
+        assert_eq!(WakeTimers::parse(None, Some("never"), now).unwrap(), WakeTimers::NONE);
     }
 
     #[test]

@@ -79,7 +79,7 @@ impl FakeNode {
     fn find(&self, id: &str) -> Result<(SpriteId, SpriteStatus), Status> {
         let id: SpriteId = id.parse().map_err(|_malformed| Status::invalid_argument("no id"))?;
         let status = self.sprites.lock().unwrap().get(&id).cloned();
-        status.map(|status| (id, status)).ok_or_else(|| Status::not_found(format!("sprite {id} is not on this host")))
+        status.map(|status| (id, status)).ok_or_else(|| proto::not_here(id))
     }
 }
 

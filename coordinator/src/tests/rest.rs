@@ -66,6 +66,7 @@ async fn refusals_have_one_shape() {
         ("labels", json!([""])),
         ("environment", json!({"": "x"})),
         ("url_settings", json!({"auth": "nobody"})),
+        ("url_settings", json!({"private_access": "admins"})),
     ] {
         let refused = rig.call("POST", "/v1/sprites", Some(json!({ "name": "demo", field: value }))).await;
         assert_eq!(refused.refusal(), (422, "invalid request".to_owned()), "{field}");
@@ -132,6 +133,17 @@ async fn settings_change_one_by_one_and_the_node_hears_of_it() {
 
     let body = json!({ "at": ["2h"], "every": "1h" });
     assert_eq!(rig.call("POST", "/v1/sprites/demo/wake", Some(body)).await.json()["sprite"]["wake_every"], "1h");
+    // What is not named stays.
+    for (body, every, times) in [
+        (json!({ "at": ["2h", "3h"] }), json!("1h"), 2),
+        (json!({ "every": "3h" }), json!("3h"), 2),
+        (json!({ "every": "never" }), Value::Null, 0),
+        (json!({ "at": ["2h"], "every": "1h" }), json!("1h"), 1),
+    ] {
+        rig.call("POST", "/v1/sprites/demo/wake", Some(body.clone())).await.json();
+        let timers = rig.get("/v1/sprites/demo/wake-timers").await.json();
+        assert_eq!((&timers["every"], timers["at"].as_array().map(Vec::len)), (&every, Some(times)), "{body}");
+    }
     let timers = rig.call("POST", "/v1/sprites/demo/wake-timers", Some(json!({ "every": "2h" }))).await.json();
     assert_eq!((timers["every"].as_str(), timers["at"].as_array().map(Vec::len)), (Some("2h"), Some(1)));
     assert_eq!(
@@ -205,6 +217,14 @@ async fn checkpoints_speak_the_dialect() {
     let last = lines.last().unwrap();
     assert_eq!((&last["type"], &last["data"]), (&json!("complete"), &json!("Checkpoint v1 created successfully")));
     assert_eq!(last["checkpoint"]["comment"], "first");
+    // Refused here, so that no guest is frozen for it; the message names the limit.
+    let (longest, too_long) = ("x".repeat(256), "x".repeat(257));
+    let refused = rig.call("POST", "/v1/sprites/demo/checkpoint", Some(json!({ "comment": too_long }))).await;
+    assert_eq!(refused.refusal().0, 422);
+    assert!(refused.json()["message"].as_str().unwrap().contains("256"), "{:?}", refused.body);
+    assert_eq!(rig.get("/v1/sprites/demo/checkpoints").await.json().as_array().unwrap().len(), 2, "Current and v1");
+    assert_eq!(rig.call("POST", "/v1/sprites/demo/checkpoint", Some(json!({ "comment": longest }))).await.status, 200);
+    assert_eq!(rig.call("DELETE", "/v1/sprites/demo/checkpoints/v2", None).await.status, 204);
     rig.call("POST", "/v1/sprites/demo/checkpoint", None).await;
     let listed = rig.get("/v1/sprites/demo/checkpoints").await.json();
     let ids: Vec<&str> =
@@ -226,7 +246,10 @@ async fn checkpoints_speak_the_dialect() {
     assert_eq!(rig.call("DELETE", "/v1/sprites/demo/checkpoints/Current", None).await.refusal().0, 409);
     assert_eq!(rig.call("DELETE", "/v1/sprites/demo/checkpoints/v2", None).await.status, 204);
     assert_eq!(rig.call("DELETE", "/v1/sprites/demo/checkpoints/v2", None).await.refusal().0, 404);
-    assert_eq!(rig.call("POST", "/v1/sprites/demo/checkpoints/v9/restore", None).await.refusal().0, 404);
+    for unknown in ["v9", "not%20on%20this%20host"] {
+        let refused = rig.call("POST", &format!("/v1/sprites/demo/checkpoints/{unknown}/restore"), None).await;
+        assert_eq!(refused.refusal().0, 404, "{unknown}");
+    }
     let broken = rig.call("POST", "/v1/sprites/demo/checkpoints/v1/restore", None).await;
     let last =
         String::from_utf8_lossy(&broken.body).lines().last().map(|line| serde_json::from_str::<Value>(line).unwrap());
@@ -234,4 +257,7 @@ async fn checkpoints_speak_the_dialect() {
         last.map(|line| (line["type"].clone(), line["error"].clone())),
         Some((json!("error"), json!("the disk is on fire")))
     );
+    rig.node.sprites.lock().unwrap().clear();
+    let refused = rig.call("POST", "/v1/sprites/demo/checkpoints/v1/restore", None).await;
+    assert_eq!(refused.refusal().0, 503, "the host does not have the sprite, which says nothing about the checkpoint");
 }

@@ -99,6 +99,11 @@ async fn a_sprites_program_sees_the_request_but_not_the_platforms_token() {
 
     world.get(PUBLIC, "/", &[("authorization", "Bearer of the program's own")]).await;
     assert_eq!(node.last().header("authorization"), "Bearer of the program's own");
+    let theirs = format!("Bearer {FOREIGN_TOKEN}");
+    for headers in [&[BEARER][..], &[("authorization", &theirs)], &[("authorization", "Basic eDp5"), BEARER]] {
+        assert_eq!(world.get(PUBLIC, "/", headers).await.status, 200);
+        assert!(!node.last().headers.contains_key("authorization"), "a public sprite was shown {headers:?}");
+    }
     world.get(&format!("3000--{PUBLIC}"), "/", &[]).await;
     assert_eq!(node.last().header("x-sprite-port"), "3000");
 }
@@ -107,9 +112,10 @@ async fn a_sprites_program_sees_the_request_but_not_the_platforms_token() {
 async fn who_may_not_open_a_sprite_does_not_wake_it() {
     let world = World::start().await;
     let node = world.plain_node();
+    let theirs = format!("Bearer {FOREIGN_TOKEN}");
     for host in [PRIVATE, ASLEEP, NOWHERE] {
         world.set(crate::world::label(host), |sprite| sprite.public = false);
-        for authorization in [None, Some("Bearer wrong"), Some("Bearer them/zzzzzz/t9/secret"), Some("Basic eDp5")] {
+        for authorization in [None, Some("Bearer wrong"), Some(theirs.as_str()), Some("Basic eDp5")] {
             let headers: Vec<(&str, &str)> = authorization.map(|value| ("authorization", value)).into_iter().collect();
             let reply = world.get(host, "/", &headers).await;
             assert_eq!(reply.verdict(), (401, "SPR-A02"), "{host} {authorization:?}");
@@ -118,7 +124,6 @@ async fn who_may_not_open_a_sprite_does_not_wake_it() {
         }
     }
     assert_eq!(world.get(FOREIGN, "/", &[BEARER]).await.verdict(), (401, "SPR-A02"));
-    let theirs = format!("Bearer {FOREIGN_TOKEN}");
     assert_eq!(node.all().len(), 0);
     assert_eq!(world.coordinator.wakes.load(SeqCst), 0);
     assert_eq!(world.get(FOREIGN, "/", &[("authorization", &theirs)]).await.status, 200);

@@ -1,19 +1,16 @@
 //! Requests that wait for a sprite, and routes that turn out to be old.
 
-use std::{
-    sync::{Arc, atomic::Ordering::SeqCst},
-    time::Duration,
-};
+use std::sync::{Arc, atomic::Ordering::SeqCst};
 
 use axum::response::IntoResponse;
 use http::StatusCode;
 use tokio::{sync::Semaphore, task::JoinSet};
 
-use crate::world::{API, ASLEEP, BEARER, NOWHERE, PRIVATE, PUBLIC, World, soon};
+use crate::world::{API, ASLEEP, BEARER, BREAKS_OFF, NOWHERE, PRIVATE, PUBLIC, World, soon};
 
-/// As `refuse::NOT_HERE`.
+/// A node that does not have the sprite.
 fn not_here() -> impl IntoResponse {
-    (StatusCode::NOT_FOUND, [("x-sprite-error", router::NOT_HERE)], "")
+    (StatusCode::NOT_FOUND, [("x-sprite-error", proto::paths::NOT_HERE)], "")
 }
 
 #[tokio::test]
@@ -48,8 +45,12 @@ async fn a_sprite_without_a_host_is_given_one_however_long_that_takes() {
         let world = Arc::clone(&world);
         clients.spawn(async move { world.get(NOWHERE, "/", &[]).await });
     }
-    // Longer than the edge's patience when it has an old answer: a sprite that sleeps is such an answer, and must not count.
-    tokio::time::sleep(Duration::from_millis(700)).await;
+    soon("the order to wake it", async {
+        while world.coordinator.wakes.load(SeqCst) == 0 {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
     assert!(clients.try_join_next().is_none());
     drop(taken);
     for reply in soon("the held requests", clients.join_all()).await {
@@ -197,6 +198,12 @@ async fn a_node_that_is_gone_or_breaks_off_is_named() {
         }
     });
     assert_eq!(world.get(PRIVATE, "/", &[BEARER]).await.verdict(), (502, "SPR-U02"));
+}
+
+#[tokio::test]
+async fn a_coordinator_that_breaks_off_is_not_taken_for_a_host() {
+    let world = World::start().await;
+    assert_eq!(world.get(API, BREAKS_OFF, &[BEARER]).await.verdict(), (502, "SPR-U07"));
 }
 
 #[tokio::test]

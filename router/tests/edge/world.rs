@@ -55,9 +55,13 @@ pub(crate) const ASLEEP: &str = "lazy-a1b2c3.sprites.localhost";
 pub(crate) const NOWHERE: &str = "away-a1b2c3.sprites.localhost";
 /// Of another organisation.
 pub(crate) const FOREIGN: &str = "theirs-zzzzzz.sprites.localhost";
-pub(crate) const TOKEN: &str = "local/a1b2c3/t1/secret";
-pub(crate) const FOREIGN_TOKEN: &str = "them/zzzzzz/t9/secret";
-pub(crate) const BEARER: (&str, &str) = ("authorization", "Bearer local/a1b2c3/t1/secret");
+pub(crate) const TOKEN: &str = "local/0190a6d2f1c87b3e9d4f5a6b7c8d9e0f/0190a6d2f1c87b3e9d4f5a6b7c8d9e10/secret";
+pub(crate) const FOREIGN_TOKEN: &str = "them/0190a6d2f1c87b3e9d4f5a6b7c8d9e1f/0190a6d2f1c87b3e9d4f5a6b7c8d9e20/secret";
+pub(crate) const BEARER: (&str, &str) =
+    ("authorization", "Bearer local/0190a6d2f1c87b3e9d4f5a6b7c8d9e0f/0190a6d2f1c87b3e9d4f5a6b7c8d9e10/secret");
+
+/// The coordinator ends the connection instead of answering.
+pub(crate) const BREAKS_OFF: &str = "/v1/breaks-off";
 
 /// Nothing in these tests takes long; what does hangs.
 const DEADLINE: Duration = Duration::from_secs(20);
@@ -189,7 +193,6 @@ impl Arrivals {
 /// Edge, fakes and a client that trusts the edge's authority.
 pub(crate) struct World {
     pub(crate) address: SocketAddr,
-    pub(crate) plain_address: SocketAddr,
     pub(crate) coordinator: Arc<Coordinator>,
     pub(crate) rest: Arc<Arrivals>,
     pub(crate) stop: CancellationToken,
@@ -220,17 +223,16 @@ impl World {
         serve(&socket, coordinator_app(Arc::clone(&coordinator), Arc::clone(&rest)));
         let config = Config {
             listen: vec![any],
-            listen_http: vec![any],
             identity,
             api_hosts: vec![API.to_owned()],
             sprite_domain: "sprites.localhost".to_owned(),
             coordinator: NodeAddress::Unix(socket),
         };
         let router = Router::bind(config).unwrap();
-        let (address, plain_address) = (router.addresses()[0], router.plain_addresses()[0]);
+        let address = router.addresses()[0];
         let stop = CancellationToken::new();
         let running = tokio::spawn(router.run(stop.clone()));
-        Self { address, plain_address, coordinator, rest, stop, running, folder, roots }
+        Self { address, coordinator, rest, stop, running, folder, roots }
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {
@@ -349,10 +351,16 @@ fn coordinator_app(coordinator: Arc<Coordinator>, rest: Arc<Arrivals>) -> axum::
                 grpc_echo(request)
             }),
         )
+        .route(BREAKS_OFF, axum::routing::get(break_off))
         .fallback(async move |request: AxumRequest| {
             rest.note(&request);
             (StatusCode::OK, "from the coordinator")
         })
+}
+
+/// Unwinds the task of the connection, without the noise of a panic.
+async fn break_off() -> StatusCode {
+    std::panic::resume_unwind(Box::new("as a test wants it"))
 }
 
 /// Sends every message back as it comes and ends with a status in the trailers.
