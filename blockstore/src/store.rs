@@ -13,11 +13,12 @@
 //! | `types` | numbers, settings, errors: what callers see |
 //! | `head` | the one object that decides (rulings 1 and 2) |
 //! | `frame`, `pack`, `page`, `tree` | format on the bucket: compressed chunks, packs, the manifest as a Merkle tree |
-//! | `segment`, `journal` | format on the local disk: the log a FLUSH makes durable |
+//! | `segment`, `journal`, `lost` | format on the local disk: the log a FLUSH makes durable, and what becomes of one that is not ours any more |
 //! | `extent`, `core` | which bytes are newer than the manifest, and where |
 //! | `cache`, `fetch` | frames near at hand; one request for a missing run of them |
 //! | `device`, `volume`, `open` | what NBD and the node agent call |
 //! | `owner`, `push` | one task per volume: everything that changes the head |
+//! | `compact` | fewer packs for the same content; dead ones deleted |
 //! | `memory`, `base` | memory images and base images: the same trees from files |
 //!
 //! # Invariants
@@ -32,10 +33,11 @@
 //!
 //! # Not here
 //!
-//! Garbage collection, compaction, encryption, prefetch hints: later issues. The formats have the room: kinds of frames, flags in pages and packs.
+//! Garbage collection across volumes, encryption, prefetch hints: later issues. The formats have the room: kinds of frames, flags in pages and packs.
 
 mod base;
 mod cache;
+mod compact;
 mod core;
 mod device;
 mod extent;
@@ -43,6 +45,7 @@ mod fetch;
 mod frame;
 mod head;
 mod journal;
+mod lost;
 mod memory;
 mod open;
 mod owner;
@@ -61,7 +64,7 @@ pub use types::{
     BaseError, Checkpoint, CheckpointError, CheckpointMeta, Consistency, Epoch, Generation, Limits, Lsn, MemoryError,
     MemoryInfo, MemorySource, MemoryTarget, StoreConfig, StoreError, VolumeError, VolumeStatus,
 };
-pub use volume::Volume;
+pub use volume::{SealOnRead, Volume};
 
 #[cfg(test)]
 mod tests;

@@ -22,7 +22,7 @@ use tonic::{
 use crate::{
     refusal::Refusal,
     rest,
-    service::{CheckpointEvents, IdleTimeout, NewSprite, PAGE_MAX, Service, Update, labels},
+    service::{CheckpointEvents, IdleTimeout, NewSprite, PAGE_MAX, Service, Update, labels, request_id},
     tokens::Caller,
     view::View,
     watch::{Seen, Watch},
@@ -183,6 +183,7 @@ impl Sprites for SpritesService {
             frozen_ms: reply.frozen_ms,
             local_ms: reply.local_ms,
             bucket_ms: reply.bucket_ms,
+            woken: reply.woken,
         }))
     }
 
@@ -206,6 +207,7 @@ fn new_sprite(request: CreateSpriteRequest) -> Result<NewSprite, Refusal> {
         idle_timeout: idle_timeout.map(IdleTimeout::parse).transpose()?,
         always_on: false,
         wait_for_capacity: false,
+        request_id: request_id(request.request_id)?,
     })
 }
 

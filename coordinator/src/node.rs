@@ -80,7 +80,6 @@ impl Node {
             url: record.url.clone(),
             size: record.size.as_str().to_owned(),
             env: record.environment.clone().into_iter().collect(),
-            request_id: format!("{}/{}/{}", record.org, record.name, record.created_at),
             rec,
         };
         let mut client = self.client.clone();

@@ -37,7 +37,7 @@ mod life;
 mod settings;
 
 pub(crate) use life::CheckpointEvents;
-pub(crate) use settings::{Environment, IdleTimeout, WakeTimers, labels};
+pub(crate) use settings::{Environment, IdleTimeout, WakeTimers, labels, request_id};
 
 /// Most sprites on a page; asking for more is not refused, it gets this many.
 pub(crate) const PAGE_MAX: usize = 50;
@@ -82,6 +82,8 @@ pub(crate) struct NewSprite {
     pub(crate) always_on: bool,
     /// Wait a while for room instead of refusing.
     pub(crate) wait_for_capacity: bool,
+    /// A sprite of that name that was made under the same id is the answer, not a refusal.
+    pub(crate) request_id: Option<String>,
 }
 
 /// A change of settings. `None`: stays as it is.
@@ -325,6 +327,8 @@ impl Update {
         }
         if let Some(every_ms) = self.wake.every_ms {
             record.wake_every_ms = every_ms;
+            // A new period begins now.
+            record.finish_wakes(now());
         }
     }
 }

@@ -10,6 +10,10 @@ use std::{
     time::Duration,
 };
 
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use serde_json::Value;
 
 use crate::{COMMAND_DEADLINE, Finished, Sprite, bounded, eventually, random_text};
@@ -18,6 +22,8 @@ use crate::{COMMAND_DEADLINE, Finished, Sprite, bounded, eventually, random_text
 const START_DEADLINE: Duration = Duration::from_secs(420);
 /// Every sprite suspended and pushed.
 const STOP_DEADLINE: Duration = Duration::from_secs(330);
+/// To say why it does not start, on a busy machine.
+const REFUSAL_DEADLINE: Duration = Duration::from_secs(120);
 
 /// What a test wants otherwise than usual.
 #[derive(Clone, Debug, Default)]
@@ -26,6 +32,10 @@ pub struct Options {
     pub bucket: Option<String>,
     /// More flags for `sprited dev`.
     pub flags: Vec<String>,
+    /// Another guest image than the one under test.
+    pub image: Option<PathBuf>,
+    /// Another place for its data, which need not exist.
+    pub folder: Option<PathBuf>,
     /// More environment, for example AWS_*.
     pub environment: Vec<(String, String)>,
 }
@@ -49,27 +59,49 @@ impl Cluster {
 
     /// Starts a cluster and waits until it is ready.
     pub fn start(options: Options) -> Self {
-        let instance = format!("e{}", random_text(3));
-        let folder = PathBuf::from(format!("/var/tmp/sprites-{instance}"));
-        fs::create_dir_all(folder.join("home")).expect("the data folder can be made");
-        // Free now; somebody else may take it before sprited does, and then the start fails loudly.
-        let port = TcpListener::bind("127.0.0.1:0").and_then(|socket| socket.local_addr()).expect("a free port").port();
-        let reaper = start_reaper(&folder, &instance);
-        let cluster = Self { folder, port, instance, options, reaper };
+        let cluster = Self::prepare(options);
         cluster.start_sprited();
         cluster
     }
 
-    /// Starts `sprited` (again) and waits until it is ready.
-    pub fn start_sprited(&self) {
-        let log = fs::OpenOptions::new().create(true).append(true).open(self.log()).expect("the log can be written");
+    /// Starts `sprited` where it cannot start, until it has ended by itself.
+    pub fn start_in_vain(options: Options) -> Finished {
+        let cluster = Self::prepare(options);
+        bounded(cluster.sprited(&[]), b"", REFUSAL_DEADLINE, None)
+    }
+
+    fn prepare(options: Options) -> Self {
+        let instance = format!("e{}", random_text(3));
+        let folder = options.folder.clone().unwrap_or_else(|| PathBuf::from(format!("/var/tmp/sprites-{instance}")));
+        fs::create_dir_all(folder.join("home")).expect("the data folder can be made");
+        // Free now; somebody else may take it before sprited does, and then the start fails loudly.
+        let port = TcpListener::bind("127.0.0.1:0").and_then(|socket| socket.local_addr()).expect("a free port").port();
+        let reaper = start_reaper(&folder, &instance);
+        Self { folder, port, instance, options, reaper }
+    }
+
+    /// `sprited dev` with this cluster's settings, and `flags` for this time only.
+    fn sprited(&self, flags: &[&str]) -> Command {
         let mut command = Command::new(binary("sprited"));
-        command.arg("dev").arg("--data").arg(&self.folder).arg("--image").arg(image());
+        let image = self.options.image.as_deref().unwrap_or_else(|| image());
+        command.arg("dev").arg("--data").arg(&self.folder).arg("--image").arg(image);
         command.args(["--port", &self.port.to_string(), "--instance", &self.instance]);
         if let Some(bucket) = &self.options.bucket {
             command.args(["--bucket", bucket]);
         }
-        command.args(&self.options.flags).envs(self.options.environment.iter().cloned());
+        command.args(&self.options.flags).args(flags).envs(self.options.environment.iter().cloned());
+        command
+    }
+
+    /// Starts `sprited` (again) and waits until it is ready.
+    pub fn start_sprited(&self) {
+        self.start_sprited_with(&[]);
+    }
+
+    /// As [`Self::start_sprited`], with more flags for this time.
+    pub fn start_sprited_with(&self, flags: &[&str]) {
+        let log = fs::OpenOptions::new().create(true).append(true).open(self.log()).expect("the log can be written");
+        let mut command = self.sprited(flags);
         command.stdin(Stdio::null()).stdout(log.try_clone().expect("a second handle")).stderr(log).process_group(0);
         let mut child = command.spawn().expect("sprited starts");
         let pid = child.id();
@@ -99,7 +131,7 @@ impl Cluster {
     /// `kill -9` of `sprited`; its VMs go on.
     pub fn kill_sprited(&self) {
         let pid = self.pid().expect("it runs");
-        self.signal(pid, "KILL");
+        self.signal(pid, Signal::SIGKILL);
         // Else the next start's `ready` could not be told from this one's.
         fs::remove_file(self.folder.join("run/ready")).expect("it was ready");
         await_end(pid, Duration::from_secs(30));
@@ -108,13 +140,13 @@ impl Cluster {
     /// `./dev down`: every sprite suspended and pushed.
     pub fn stop_sprited(&self) {
         let pid = self.pid().expect("it runs");
-        self.signal(pid, "TERM");
+        self.signal(pid, Signal::SIGTERM);
         await_end(pid, STOP_DEADLINE);
     }
 
-    fn signal(&self, pid: i32, name: &str) {
-        let status = Command::new("kill").args([format!("-{name}"), pid.to_string()]).status().expect("kill runs");
-        assert!(status.success(), "pid {pid} is not there\n{}", self.log_tail());
+    fn signal(&self, pid: i32, signal: Signal) {
+        let sent = kill(Pid::from_raw(pid), signal);
+        assert!(sent.is_ok(), "pid {pid}: {sent:?}\n{}", self.log_tail());
     }
 
     /// The local state that the bucket must be able to replace. Only while stopped.
@@ -276,7 +308,7 @@ pub fn binary(name: &str) -> PathBuf {
 }
 
 /// The guest image; built by `./dev image` when nobody says where it is.
-fn image() -> &'static Path {
+pub fn image() -> &'static Path {
     static IMAGE: OnceLock<PathBuf> = OnceLock::new();
     IMAGE.get_or_init(|| {
         if let Some(folder) = std::env::var_os("SPRITES_IMAGE") {

@@ -23,12 +23,14 @@ mod cluster;
 mod command;
 mod repository;
 mod sprite;
+mod terminal;
 mod wait;
 
-pub use cluster::{Cluster, Options, binary, repository};
+pub use cluster::{Cluster, Options, binary, image, repository};
 pub use command::{Finished, bounded};
 pub use repository::Repository;
 pub use sprite::Sprite;
+pub use terminal::Terminal;
 pub use wait::{eventually, pause};
 
 use std::time::Duration;

@@ -1,7 +1,17 @@
 //! One sprite of a test, used through the CLI.
 
-use std::{process::Command, thread, time::Duration};
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+    thread,
+    time::Duration,
+};
 
+use nix::{
+    errno::Errno,
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use serde_json::Value;
 
 use crate::{Cluster, Finished, eventually};
@@ -10,6 +20,8 @@ use crate::{Cluster, Finished, eventually};
 pub struct Sprite<'a> {
     cluster: &'a Cluster,
     pub name: String,
+    /// As the host's files and processes have it.
+    id: String,
 }
 
 impl<'a> Sprite<'a> {
@@ -18,7 +30,10 @@ impl<'a> Sprite<'a> {
         let mut arguments = vec!["create", name, "--skip-console"];
         arguments.extend(flags);
         cluster.sprite(arguments).success();
-        Self { cluster, name: name.to_owned() }
+        let mut sprite = Self { cluster, name: name.to_owned(), id: String::new() };
+        let id = sprite.record()["id"].as_str().expect("a sprite has an id").to_owned();
+        id.trim_start_matches("sprite-").clone_into(&mut sprite.id);
+        sprite
     }
 
     /// `sprite exec -s NAME FLAGS… -- COMMAND…`, not run yet.
@@ -62,6 +77,32 @@ impl<'a> Sprite<'a> {
 
     pub fn url(&self) -> String {
         self.record()["url"].as_str().expect("a sprite has a URL").trim_end_matches('/').to_owned()
+    }
+
+    /// The pid of its QEMU, by its folder in the command line; `None` when it has none.
+    pub fn qemu(&self) -> Option<i32> {
+        let pattern = format!("qemu-system.*{}.*{}", self.cluster.folder().display(), self.id);
+        let found = Command::new("pgrep").args(["-f", &pattern]).output().expect("pgrep runs");
+        String::from_utf8_lossy(&found.stdout).lines().next().and_then(|pid| pid.parse().ok())
+    }
+
+    /// `kill -9` of its QEMU, if it has one. That it ends by itself meanwhile is as good.
+    #[track_caller]
+    pub fn kill_qemu(&self) -> bool {
+        let Some(pid) = self.qemu() else { return false };
+        match kill(Pid::from_raw(pid), Signal::SIGKILL) {
+            Ok(()) | Err(Errno::ESRCH) => {}
+            Err(error) => panic!("QEMU {pid} cannot be killed: {error}"),
+        }
+        eventually("the end of QEMU", Duration::from_secs(20), || {
+            if Path::new(&format!("/proc/{pid}/exe")).exists() { Err("it runs".to_owned()) } else { Ok(()) }
+        });
+        true
+    }
+
+    /// Where this host keeps the files of its VM.
+    pub fn run_folder(&self) -> PathBuf {
+        self.cluster.folder().join("node/vms").join(&self.id)
     }
 
     #[track_caller]

@@ -10,6 +10,7 @@ Needs grpcio and protobuf (Debian: python3-grpcio python3-protobuf protobuf-comp
 import os
 import sys
 import urllib.parse
+import uuid
 
 # gRPC's own resolver does not ask the system, which alone knows that *.localhost is this machine. Read when the module is loaded.
 os.environ.setdefault("GRPC_DNS_RESOLVER", "native")
@@ -54,9 +55,12 @@ class Client:
 
 
 def walk(client, name):
-    sprite = client.call("CreateSprite", api.CreateSpriteRequest(name=name), api.Sprite)
+    request = api.CreateSpriteRequest(name=name, request_id=str(uuid.uuid4()))
+    sprite = client.call("CreateSprite", request, api.Sprite)
     print("created", sprite.name, sprite.status, sprite.url)
     try:
+        # As after a lost answer: the same request id gives the same sprite.
+        print("repeated", client.call("CreateSprite", request, api.Sprite).id == sprite.id)
         use(client, name)
     finally:
         client.call("DestroySprite", api.DestroySpriteRequest(name=name), api.DestroySpriteResponse)

@@ -1,15 +1,6 @@
 //! The service that the host calls: each rpc is a few words to the part that does it.
 
-use std::{
-    collections::BTreeMap,
-    fs, io,
-    os::fd::AsFd as _,
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering},
-    },
-    time::Duration,
-};
+use std::{fs, io, os::fd::AsFd as _, sync::Arc, time::Duration};
 
 use proto::agent::{
     AnswerReply, AnswerRequest, ConfigureReply, ConfigureRequest, EnvironmentState, ExecInput, ExecOutput, FreezeReply,
@@ -23,11 +14,10 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::{
-    api::{self, Api},
     environment::{DEVICE, Environment, Phase, Started},
     exec::Sessions,
-    freeze::Freezer,
-    identity::{self, Identity},
+    freeze::{Freezer, millis},
+    life::Life,
     log,
     ports::{self, Listening, Ports},
     reaper::Reaper,
@@ -41,9 +31,6 @@ const PROTOCOL: u32 = 1;
 const FREEZE_LIMIT_DEFAULT: Duration = Duration::from_millis(200);
 const FROZEN_MAX_DEFAULT: Duration = Duration::from_secs(2);
 const PORT_EVENTS_MAX: usize = 64;
-/// Quick kinds only: under emulation an RSA key takes half a minute.
-const MAKE_HOST_KEYS: &str =
-    "for kind in ed25519 ecdsa; do nice ssh-keygen -q -t $kind -N '' -f /etc/ssh/ssh_host_${kind}_key; done";
 
 /// Everything PID 1 has.
 #[derive(Debug)]
@@ -53,22 +40,10 @@ pub(crate) struct Agent {
     hub: Arc<Hub>,
     freezer: Freezer,
     ports: Ports,
-    identity: Arc<Mutex<Identity>>,
-    life: Mutex<Life>,
-    /// The host's entropy is in: from now on ids may be made.
-    configured: AtomicBool,
+    life: Arc<Life>,
     host: watch::Sender<bool>,
     /// Of the boot, see `init::timer_trouble`.
     timer_trouble: String,
-}
-
-/// What of the sprite's first life is done.
-#[derive(Debug, Default)]
-struct Life {
-    /// The host has asked for a fresh identity, and the disk is not mounted yet.
-    pending: bool,
-    /// The file system's UUID has been made new already, while the sprite had no name yet.
-    renewed: bool,
 }
 
 /// While it lives a host is connected.
@@ -87,15 +62,14 @@ impl Agent {
         let ports = Ports::default();
         let environment = Arc::new(Environment::new(reaper.clone()));
         let sessions = Sessions::new(Arc::clone(&environment), reaper, ports.clone(), host.subscribe());
+        let hub = Hub::new(Arc::clone(&sessions), Arc::clone(&environment));
         Self {
-            hub: Hub::new(Arc::clone(&sessions), Arc::clone(&environment)),
+            life: Life::new(Arc::clone(&environment), Arc::clone(&sessions), Arc::clone(&hub)),
+            hub,
             environment,
             sessions,
             freezer: Freezer::default(),
             ports,
-            identity: Arc::default(),
-            life: Mutex::default(),
-            configured: AtomicBool::new(false),
             host,
             timer_trouble,
         }
@@ -105,57 +79,6 @@ impl Agent {
         self.host.send_replace(true);
         Connected(&self.host)
     }
-
-    fn identity(&self) -> MutexGuard<'_, Identity> {
-        self.identity.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn life(&self) -> MutexGuard<'_, Life> {
-        self.life.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn env(&self) -> BTreeMap<String, String> {
-        self.identity().env.clone()
-    }
-
-    /// Brings the identity to the disk of the running environment. What cannot be done there is logged: users may have changed anything.
-    async fn apply_identity(&self, fresh: bool) -> Result<(), Status> {
-        let volume = self.environment.volume().map_err(unavailable)?;
-        let renew = fresh && !std::mem::replace(&mut self.life().renewed, true);
-        let uuid = blocking(move || {
-            if renew && let Err(error) = identity::renew_filesystem_uuid(&volume) {
-                log!("the file system keeps its UUID: {error}");
-            }
-            sys::ext4_uuid(&volume)
-        })
-        .await;
-        let identity = self.identity().clone();
-        let named = !identity.url.is_empty();
-        let make_keys = self.environment.inside(move || {
-            identity::write_files(&identity, fresh);
-            match uuid {
-                Ok(uuid) => {
-                    if let Err(error) = identity::write_device_record(uuid) {
-                        log!("no record of the disk: {error}");
-                    }
-                }
-                Err(error) => log!("the file system does not tell its UUID: {error}"),
-            }
-            // An anonymous sprite of the pool gets its keys when it is named.
-            fresh && named && identity::drop_ssh_host_keys()
-        });
-        if make_keys.await.map_err(unavailable)? {
-            let sessions = Arc::clone(&self.sessions);
-            tokio::spawn(async move {
-                match sessions.run_quietly(&["/bin/sh", "-c", MAKE_HOST_KEYS]).await {
-                    Ok(exit) if exit.code() == 0 => {}
-                    Ok(exit) => log!("{}: exit {}", identity::SSH_KEYGEN, exit.code()),
-                    Err(status) => log!("{}: {}", identity::SSH_KEYGEN, status.message()),
-                }
-            });
-        }
-        Ok(())
-    }
 }
 
 fn unavailable(error: impl std::fmt::Display) -> Status {
@@ -164,10 +87,6 @@ fn unavailable(error: impl std::fmt::Display) -> Status {
 
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send + 'static) -> io::Result<T> {
     tokio::task::spawn_blocking(work).await.map_err(io::Error::other)?
-}
-
-fn millis(duration: Duration) -> u64 {
-    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
 fn or_default(ms: u32, default: Duration) -> Duration {
@@ -217,12 +136,10 @@ impl agent_server::Agent for Agent {
             Phase::Started => EnvironmentState::Started,
             Phase::Failed => EnvironmentState::Failed,
         };
-        // Reading it makes it, so not in a golden VM, whose clones must differ.
-        let boot_id = if self.configured.load(Ordering::Acquire) { identity::boot_id() } else { String::new() };
         Ok(Response::new(HelloReply {
             agent_version: proto::VERSION.into(),
             protocol: PROTOCOL,
-            boot_id,
+            boot_id: self.life.boot_id(),
             uptime_ms: uptime_ms(),
             environment: environment.into(),
             timer_trouble: self.timer_trouble.clone(),
@@ -230,47 +147,12 @@ impl agent_server::Agent for Agent {
     }
 
     async fn configure(&self, request: Request<ConfigureRequest>) -> Reply<ConfigureReply> {
-        let request = request.into_inner();
-        let machine = request.clone();
-        let off = tokio::task::spawn_blocking(move || identity::configure_machine(&machine)).await;
-        let off = off.map_err(|error| Status::internal(error.to_string()))?;
-        let clock_was_off_ms = off.map_err(|error| Status::failed_precondition(error.to_string()))?;
-        self.configured.store(true, Ordering::Release);
-        let fresh = request.fresh_identity;
-        let identity = Identity {
-            sprite_id: request.sprite_id,
-            name: request.name,
-            url: request.url,
-            org: request.org,
-            version: request.version,
-            env: request.env.into_iter().collect(),
-            dns: request.network.unwrap_or_default().dns,
-        };
-        let moved = {
-            let mut known = self.identity();
-            let moved = (&known.name, &known.dns) != (&identity.name, &identity.dns);
-            *known = identity;
-            moved
-        };
-        if self.environment.phase() == Phase::Started {
-            if fresh || moved {
-                self.apply_identity(fresh).await?;
-            }
-        } else if fresh {
-            self.life().pending = true;
-        }
+        let clock_was_off_ms = self.life.configure(request.into_inner()).await?;
         Ok(Response::new(ConfigureReply { clock_was_off_ms }))
     }
 
     async fn start_environment(&self, _request: Request<StartEnvironmentRequest>) -> Reply<StartEnvironmentReply> {
-        let started = self.environment.start().await.map_err(|error| Status::failed_precondition(error.to_string()))?;
-        let Started { mount, start, already } = started;
-        if !already {
-            let fresh = std::mem::take(&mut self.life().pending);
-            self.apply_identity(fresh).await?;
-            let api = Api { hub: Arc::clone(&self.hub), identity: Arc::clone(&self.identity) };
-            api::start(api, &self.environment).await.map_err(unavailable)?;
-        }
+        let Started { mount, start, .. } = self.life.start().await?;
         Ok(Response::new(StartEnvironmentReply { mount_ms: millis(mount), start_ms: millis(start) }))
     }
 
@@ -321,7 +203,7 @@ impl agent_server::Agent for Agent {
     async fn exec(&self, request: Request<Streaming<ExecInput>>) -> Reply<Self::ExecStream> {
         let mut inputs = request.into_inner();
         let first = inputs.message().await?;
-        let messages = self.sessions.serve(first, self.env(), inputs).await?;
+        let messages = self.sessions.serve(first, self.life.env(), inputs).await?;
         Ok(Response::new(ReceiverStream::new(messages)))
     }
 

@@ -1,9 +1,8 @@
 //! `/.sprite/api.sock`: HTTP for the programs inside (sprites-api.md §13). Anybody there may use it, so it has bounds of its own.
 
 use std::{
-    convert::Infallible,
     os::unix::{fs::PermissionsExt as _, net::UnixListener as StdListener},
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
     time::Duration,
 };
 
@@ -26,7 +25,7 @@ use tokio::{net::UnixListener, sync::Semaphore};
 
 use crate::{
     environment::{Environment, NotRunning},
-    identity::Identity,
+    life::Life,
     log,
     tasks::TaskError,
     watch::{AskError, Hub},
@@ -45,7 +44,7 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(600);
 #[derive(Clone, Debug)]
 pub(crate) struct Api {
     pub(crate) hub: Arc<Hub>,
-    pub(crate) identity: Arc<Mutex<Identity>>,
+    pub(crate) life: Arc<Life>,
 }
 
 /// Serves the socket of an environment that has just started, until it ends.
@@ -122,7 +121,7 @@ fn error(status: StatusCode, message: impl Into<String>) -> Response {
 }
 
 async fn info(State(api): State<Api>) -> Json<Value> {
-    let identity = api.identity.lock().unwrap_or_else(PoisonError::into_inner);
+    let identity = api.life.identity();
     Json(json!({
         "sprite_id": identity.sprite_id,
         "sprite_name": identity.name,
@@ -210,6 +209,11 @@ async fn delete_task(State(api): State<Api>, Path(name): Path<String>) -> Respon
     }
 }
 
+/// The host's session ended before its answer did.
+#[derive(Debug, thiserror::Error)]
+#[error("the sprite's host was restarted before it had answered; look whether it was done before you repeat it")]
+struct Lost;
+
 /// What only the host can do.
 async fn forward(State(api): State<Api>, method: Method, uri: Uri, body: Bytes) -> Response {
     let path = uri.path_and_query().map_or(uri.path(), |path| path.as_str());
@@ -221,7 +225,7 @@ async fn forward(State(api): State<Api>, method: Method, uri: Uri, body: Bytes) 
     };
     let first = match tokio::time::timeout(ANSWER_LIMIT, answer.pieces.recv()).await {
         Ok(Some(first)) => first,
-        Ok(None) => return error(StatusCode::BAD_GATEWAY, "the sprite's host gave no answer"),
+        Ok(None) => return error(StatusCode::BAD_GATEWAY, Lost.to_string()),
         Err(_elapsed) => return error(StatusCode::GATEWAY_TIMEOUT, "the sprite's host does not answer"),
     };
     let status = u16::try_from(first.status)
@@ -229,16 +233,15 @@ async fn forward(State(api): State<Api>, method: Method, uri: Uri, body: Bytes) 
         .and_then(|status| StatusCode::from_u16(status).ok())
         .unwrap_or(StatusCode::BAD_GATEWAY);
     let kind = first.content_type.clone();
-    // `first` was taken already; then what follows, until the piece that says so.
-    let pieces = stream::unfold((Some(first), answer, false), |(first, mut answer, done)| async move {
-        if done {
-            return None;
-        }
+    // `first` was taken already; then what follows, until the piece that says so. A body that ends without it is an error for its reader.
+    let pieces = stream::try_unfold((Some(first), Some(answer)), |(first, answer)| async move {
+        let Some(mut answer) = answer else { return Ok(None) };
         let piece = match first {
             Some(first) => first,
-            None => tokio::time::timeout(ANSWER_LIMIT, answer.pieces.recv()).await.ok().flatten()?,
+            None => tokio::time::timeout(ANSWER_LIMIT, answer.pieces.recv()).await.ok().flatten().ok_or(Lost)?,
         };
-        Some((Ok::<_, Infallible>(Bytes::from(piece.data)), (None, answer, piece.done)))
+        let rest = (!piece.done).then_some(answer);
+        Ok::<_, Lost>(Some((Bytes::from(piece.data), (None, rest))))
     });
     let mut response = Response::new(Body::from_stream(pieces));
     *response.status_mut() = status;
@@ -246,4 +249,43 @@ async fn forward(State(api): State<Api>, method: Method, uri: Uri, body: Bytes) 
         response.headers_mut().insert(header::CONTENT_TYPE, kind);
     }
     response
+}
+
+#[cfg(test)]
+mod tests {
+    use http_body_util::BodyExt as _;
+    use proto::agent::AnswerRequest;
+
+    use super::*;
+    use crate::watch::tests::{LIMIT, hub, request};
+
+    #[tokio::test]
+    async fn a_restarted_host_is_an_error_at_once() {
+        let (hub, sessions, environment) = hub();
+        let life = Life::new(environment, sessions, Arc::clone(&hub));
+        let mut host = hub.watch();
+        let api = Api { hub, life };
+        let asked = tokio::spawn(forward(State(api), Method::POST, Uri::from_static("/v1/checkpoint"), Bytes::new()));
+        request(&mut host).await;
+        drop(host);
+        let response = tokio::time::timeout(LIMIT, asked).await.expect("waits for a host that has left").unwrap();
+        assert_eq!(response.status(), StatusCode::BAD_GATEWAY);
+        let text = response.into_body().collect().await.unwrap().to_bytes();
+        assert!(String::from_utf8_lossy(&text).contains("was restarted"), "{text:?}");
+    }
+
+    #[tokio::test]
+    async fn half_an_answer_does_not_look_whole() {
+        let (hub, sessions, environment) = hub();
+        let life = Life::new(environment, sessions, Arc::clone(&hub));
+        let mut host = hub.watch();
+        let api = Api { hub: Arc::clone(&hub), life };
+        let asked = tokio::spawn(forward(State(api), Method::GET, Uri::from_static("/v1/checkpoints"), Bytes::new()));
+        let id = request(&mut host).await.id;
+        hub.answer(AnswerRequest { id, status: 200, data: b"[".to_vec(), ..AnswerRequest::default() }).await;
+        let response = tokio::time::timeout(LIMIT, asked).await.unwrap().unwrap();
+        drop(host);
+        let body = tokio::time::timeout(LIMIT, response.into_body().collect()).await.unwrap();
+        assert!(body.is_err(), "cut short, and nobody knows");
+    }
 }

@@ -9,7 +9,7 @@
 //! # Telling a new marker from data
 //!
 //! Users send any bytes, also a copy of our own program with the marker in it. So [`Scanner`] follows the frames of HTTP/2. Between two frames the first
-//! byte of a marker is no possible frame length, so there it is one. Inside a frame it is one only if nothing follows: a host that has begun a new
+//! byte of a marker cannot begin a frame's length, so there it is one. Inside a frame it is one only if nothing follows: a host that has begun a new
 //! session waits for the answer, while data go on until their frame is whole.
 
 use std::{
@@ -41,7 +41,7 @@ use crate::{agent::Agent, log, port::Port};
 const ABSENT_POLL: Duration = Duration::from_millis(10);
 /// The host reads at once when it has sent a marker.
 const ANSWER_LIMIT: Duration = Duration::from_secs(5);
-/// Nothing behind a marker for so long: the host waits for an answer. Less than the host's pause between two markers.
+/// With nothing behind a marker for this long, the host waits for an answer. Less than the host's pause between two markers.
 const SILENCE: Duration = Duration::from_millis(100);
 /// As on the host's side: what one stream, and all of them, may have under way.
 const STREAM_WINDOW_BYTES: u32 = 1 << 20;
@@ -107,7 +107,7 @@ async fn session<S: AsyncRead + AsyncWrite + Send + Unpin + 'static>(stream: S, 
         .max_local_error_reset_streams(RESETS_MAX)
         .serve_connection(TokioIo::new(stream), service);
     let connected = agent.host_connected();
-    // Whatever ended it, the next session tells.
+    // Whatever ended it, the next session begins alike.
     drop(connection.await);
     drop(connected);
     let next = ended.lock().unwrap_or_else(PoisonError::into_inner).take();

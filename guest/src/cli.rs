@@ -22,7 +22,7 @@ Usage: sprite-env <command>
   checkpoints create [--comment TEXT]   save the whole disk as it is now
   checkpoints restore <id>              bring the disk back to a checkpoint; every process here ends
   tasks list                            what keeps this sprite awake
-  tasks create <name> --expire 10m      keep it awake for so long, at most 1h
+  tasks create <name> --expire 10m      keep it awake for this long, at most 1h
   tasks extend <name> --expire 10m      … from now on
   tasks delete <name>                   let it sleep
   curl [-X METHOD] [-d BODY] <path>     any request to /.sprite/api.sock
@@ -152,11 +152,11 @@ fn curl(words: &[&str]) -> Result<Wish, CliError> {
     }
     let path = path.ok_or_else(|| CliError::Usage("curl needs a path, for example /v1/info".into()))?;
     if path.contains(|c: char| c.is_whitespace() || c.is_control()) {
-        return Err(CliError::Usage(format!("{path:?} is no path")));
+        return Err(CliError::Usage(format!("{path:?} is not a path")));
     }
     let method = method.unwrap_or_else(|| if body.is_some() { "POST".into() } else { "GET".into() });
     if method.is_empty() || !method.chars().all(|c| c.is_ascii_alphabetic()) {
-        return Err(CliError::Usage(format!("{method:?} is no method")));
+        return Err(CliError::Usage(format!("{method:?} is not an HTTP method")));
     }
     Ok(Wish::Request { method, path, body, show: Show::Raw })
 }
@@ -180,7 +180,7 @@ fn segment(word: &str) -> Result<&str, CliError> {
     if !word.is_empty() && word.chars().all(plain) {
         Ok(word)
     } else {
-        Err(CliError::Usage(format!("{word:?} is no name")))
+        Err(CliError::Usage(format!("{word:?} is not a name")))
     }
 }
 
@@ -310,7 +310,7 @@ mod tests {
     }
 
     #[test]
-    fn nonsense_is_told() {
+    fn nonsense_is_refused() {
         for bad in [
             &["fly"][..],
             &["checkpoints", "restore"],

@@ -80,7 +80,7 @@ pub(crate) struct Started {
     pub already: bool,
 }
 
-/// What the host should be told of the environment's state.
+/// The environment's state, as the host sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Phase {
     Stopped,
@@ -166,6 +166,11 @@ impl Environment {
     }
 
     /// Mounts the volume and starts the environment, if there is none.
+    ///
+    /// # Cancel safety
+    ///
+    /// Not cancel safe: dropped half-way it leaves the disk mounted and a control group that the next start stumbles over. [`Life`](crate::life::Life)
+    /// runs it in a task of its own.
     pub(crate) async fn start(self: &Arc<Self>) -> Result<Started, StartError> {
         let _change = self.change.lock().await;
         if self.current().is_ok() {
@@ -198,7 +203,7 @@ impl Environment {
             .name("inside".into())
             .spawn(move || inside::run(&reaper, procs.into(), ready, queue))
             .map_err(|source| StartError::Arrange { what: "thread".into(), source })?;
-        let init = arranged.await.map_err(|_closed| StartError::Init("its thread ended".into()))??;
+        let init = arranged.await.map_err(|_closed| StartError::Init("its thread ended".into()))??.keep();
         let running = Arc::new(Running {
             init: init.clone(),
             jobs: Mutex::new(Some(jobs)),
@@ -219,7 +224,7 @@ impl Environment {
             return;
         }
         let why = match exit.code() {
-            // How the kernel tells that reboot(2) was called in a pid namespace.
+            // How the kernel reports that reboot(2) was called in a pid namespace.
             129 => "rebooted from inside".to_owned(),
             130 => "switched off from inside".to_owned(),
             code => format!("its init ended with {code}"),

@@ -159,7 +159,7 @@ fn sync_rounds(volume: &File, limit: Duration) -> io::Result<()> {
     Ok(())
 }
 
-fn millis(duration: Duration) -> u64 {
+pub(crate) fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
@@ -172,7 +172,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn what_cannot_be_frozen_is_told_with_its_reason() {
+    async fn what_cannot_be_frozen_comes_with_its_reason() {
         let freezer = Freezer::default();
         // Nothing can be frozen through this one.
         let root = Arc::new(File::open("/proc/self").unwrap());

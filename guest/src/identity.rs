@@ -1,4 +1,4 @@
-//! Who this VM is, and what time it is. The host tells after every restore, before user code runs (machine-and-vm.md).
+//! Who this VM is, and what time it is. The host says so after every restore, before user code runs (machine-and-vm.md).
 //!
 //! Clones of one golden VM must differ (ruling 21): machine-id, ssh host keys and the file system's UUID are made new in a sprite's first life, from the
 //! kernel's random generator *after* the host's entropy went into it. The kernel's boot_id makes itself at its first read, which is here.
@@ -29,7 +29,7 @@ const SSH_FOLDER: &str = "/etc/ssh";
 pub(crate) const SSH_KEYGEN: &str = "/usr/bin/ssh-keygen";
 
 /// What the host has told.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Identity {
     pub sprite_id: String,
     pub name: String,
@@ -38,6 +38,20 @@ pub(crate) struct Identity {
     pub version: String,
     pub env: BTreeMap<String, String>,
     pub dns: String,
+}
+
+impl From<ConfigureRequest> for Identity {
+    fn from(request: ConfigureRequest) -> Self {
+        Self {
+            sprite_id: request.sprite_id,
+            name: request.name,
+            url: request.url,
+            org: request.org,
+            version: request.version,
+            env: request.env.into_iter().collect(),
+            dns: request.network.unwrap_or_default().dns,
+        }
+    }
 }
 
 /// What was not done of a configuration.
@@ -129,16 +143,16 @@ pub(crate) fn write_files(identity: &Identity, fresh: bool) {
         }
     }
     for (path, text) in files {
-        // Users may change what they like; only what was never written, or belongs to another life of the disk, is replaced.
+        // `/etc/hosts` is the user's once it is there; the other files follow the host at each start.
         let keep = path == "/etc/hosts" && !fresh && Path::new(path).exists();
-        if !keep && let Err(error) = write_if_new(Path::new(path), text.as_bytes()) {
+        if !keep && let Err(error) = write_if_different(Path::new(path), text.as_bytes()) {
             log!("{path}: {error}");
         }
     }
 }
 
 /// Replaces a file as a whole, whatever it was; the same content is left alone, so that nothing is written for nothing.
-fn write_if_new(path: &Path, content: &[u8]) -> io::Result<()> {
+fn write_if_different(path: &Path, content: &[u8]) -> io::Result<()> {
     if read_plain(path).is_ok_and(|present| present == content) {
         return Ok(());
     }
@@ -209,20 +223,20 @@ mod tests {
         let folder = std::env::temp_dir().join(format!("sprite-identity-{}", std::process::id()));
         fs::create_dir_all(&folder).unwrap();
         let file = folder.join("hostname");
-        write_if_new(&file, b"one\n").unwrap();
+        write_if_different(&file, b"one\n").unwrap();
         let inode = fs::metadata(&file).unwrap().ino();
-        write_if_new(&file, b"one\n").unwrap();
+        write_if_different(&file, b"one\n").unwrap();
         assert_eq!(fs::metadata(&file).unwrap().ino(), inode, "written although nothing changed");
         // A link or a pipe in its place is replaced, not followed or waited for.
         let target = folder.join("target");
         fs::write(&target, "kept").unwrap();
         fs::remove_file(&file).unwrap();
         std::os::unix::fs::symlink(&target, &file).unwrap();
-        write_if_new(&file, b"two\n").unwrap();
+        write_if_different(&file, b"two\n").unwrap();
         assert_eq!((fs::read(&file).unwrap(), fs::read(&target).unwrap()), (b"two\n".to_vec(), b"kept".to_vec()));
         fs::remove_file(&file).unwrap();
         nix::unistd::mkfifo(&file, nix::sys::stat::Mode::S_IRWXU).unwrap();
-        write_if_new(&file, b"three\n").unwrap();
+        write_if_different(&file, b"three\n").unwrap();
         assert_eq!(fs::read(&file).unwrap(), b"three\n");
         fs::remove_dir_all(folder).unwrap();
     }

@@ -3,6 +3,7 @@
 //! ```text
 //!  host ──virtio-serial──▶ channel ──▶ agent ──┬─ environment   mounts, namespaces, start and stop
 //!                                             ├─ exec          commands and their sessions
+//!                                             ├─ life          who the sprite is, and that its environment knows
 //!                                             ├─ freeze, identity, net, ports, tunnel
 //!                                             └─ api           /.sprite/api.sock, for sprite-env ──▶ watch ──▶ host
 //! ```
@@ -20,6 +21,7 @@ mod exec;
 mod freeze;
 mod identity;
 mod init;
+mod life;
 mod log;
 mod net;
 mod port;

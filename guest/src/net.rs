@@ -1,4 +1,4 @@
-//! The VM's network: addresses and routes that the host tells. Walls stand outside (ruling 22); this is only what makes packets find them.
+//! The VM's network: addresses and routes, as the host gives them. Walls stand outside (ruling 22); this is only what makes packets find them.
 
 use std::{
     fs, io,
@@ -17,7 +17,7 @@ const INTERFACE: &str = "eth0";
 /// What of a network could not be set.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum NetError {
-    #[error("{text:?} is no {what}")]
+    #[error("{text:?} is not {what}")]
     Text { what: &'static str, text: String },
     #[error("cannot set the network's {what}")]
     Kernel { what: &'static str, source: io::Error },
@@ -41,7 +41,7 @@ pub(crate) fn configure(network: &Network) -> Result<(), NetError> {
         sys::set_address_v4(&socket, INTERFACE, address, mask).map_err(kernel("IPv4 address"))?;
         sys::set_up(&socket, INTERFACE).map_err(kernel("interface"))?;
         if !network.gateway_v4.is_empty() {
-            let gateway = parse("IPv4 gateway", &network.gateway_v4)?;
+            let gateway = parse("an IPv4 gateway", &network.gateway_v4)?;
             unless_there(sys::add_default_route_v4(&socket, gateway)).map_err(kernel("IPv4 route"))?;
         }
     }
@@ -56,7 +56,7 @@ pub(crate) fn configure(network: &Network) -> Result<(), NetError> {
         let index = sys::interface_index(&socket, INTERFACE).map_err(kernel("interface"))?;
         unless_there(sys::add_address_v6(&socket, index, address, prefix)).map_err(kernel("IPv6 address"))?;
         if !network.gateway_v6.is_empty() {
-            let gateway = parse("IPv6 gateway", &network.gateway_v6)?;
+            let gateway = parse("an IPv6 gateway", &network.gateway_v6)?;
             unless_there(sys::add_default_route_v6(&socket, index, gateway)).map_err(kernel("IPv6 route"))?;
         }
     }
@@ -75,13 +75,13 @@ fn parse<T: std::str::FromStr>(what: &'static str, text: &str) -> Result<T, NetE
 }
 
 fn address_and_prefix<T: std::str::FromStr>(text: &str, prefix_max: u8) -> Result<(T, u8), NetError> {
-    let wrong = || NetError::Text { what: "address with a prefix length", text: text.to_owned() };
+    let wrong = || NetError::Text { what: "an address with a prefix length", text: text.to_owned() };
     let (address, prefix) = text.split_once('/').ok_or_else(wrong)?;
-    let prefix: u8 = parse("prefix length", prefix)?;
+    let prefix: u8 = parse("a prefix length", prefix)?;
     if prefix > prefix_max {
         return Err(wrong());
     }
-    Ok((parse("address", address)?, prefix))
+    Ok((parse("an address", address)?, prefix))
 }
 
 #[cfg(test)]

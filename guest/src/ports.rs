@@ -1,12 +1,12 @@
 //! Which TCP ports programs listen on.
 //!
-//! The kernel does not tell of changes, so `/proc/net/tcp` is read every second, by one task, and only while somebody watches.
+//! The kernel does not report changes, so `/proc/net/tcp` is read every second, by one task, and only while somebody watches.
 
 use std::{
     collections::BTreeMap,
     fs,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -24,48 +24,52 @@ pub(crate) type Key = (u16, IpAddr);
 /// All listening sockets and the processes they belong to (0: unknown).
 pub(crate) type Listening = Arc<BTreeMap<Key, u32>>;
 
-/// Cheap to clone.
+/// Cheap to clone. In the slot is a receiver of the task that polls; without a task it is empty.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Ports(Arc<Mutex<Option<watch::Receiver<Listening>>>>);
 
 impl Ports {
     /// What is listened on now, and from now on. The first value is there when this returns.
     pub(crate) async fn watch(&self) -> watch::Receiver<Listening> {
-        if let Some(running) = self.running() {
+        if let Some(running) = self.slot().clone() {
             return running;
         }
         let first = scan(Listening::default()).await;
-        let mut slot = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(running) = slot.as_ref().and_then(living) {
+        let mut slot = self.slot();
+        if let Some(running) = slot.clone() {
             return running;
         }
         let (sender, receiver) = watch::channel(first);
-        // Weak in effect: the task ends when only the slot's receiver is left.
         *slot = Some(receiver.clone());
-        tokio::spawn(poll(sender));
+        tokio::spawn(self.clone().poll(sender));
         receiver
     }
 
-    fn running(&self) -> Option<watch::Receiver<Listening>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).as_ref().and_then(living)
+    fn slot(&self) -> MutexGuard<'_, Option<watch::Receiver<Listening>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
 
-fn living(receiver: &watch::Receiver<Listening>) -> Option<watch::Receiver<Listening>> {
-    receiver.has_changed().is_ok().then(|| receiver.clone())
-}
+    async fn poll(self, sender: watch::Sender<Listening>) {
+        while !self.retire(&sender) {
+            tokio::time::sleep(POLL).await;
+            let known = Arc::clone(&sender.borrow());
+            let now = scan(Arc::clone(&known)).await;
+            sender.send_if_modified(|last| {
+                let changed = *last != now;
+                *last = now;
+                changed
+            });
+        }
+    }
 
-async fn poll(sender: watch::Sender<Listening>) {
-    // The slot keeps one receiver; with no other there is nobody to tell.
-    while sender.receiver_count() > 1 {
-        tokio::time::sleep(POLL).await;
-        let known = Arc::clone(&sender.borrow());
-        let now = scan(Arc::clone(&known)).await;
-        sender.send_if_modified(|last| {
-            let changed = *last != now;
-            *last = now;
-            changed
-        });
+    /// Empties the slot if its receiver is the only one left. Under the slot's lock, so that nobody takes a copy of what gets no more news.
+    fn retire(&self, sender: &watch::Sender<Listening>) -> bool {
+        let mut slot = self.slot();
+        let alone = sender.receiver_count() <= 1;
+        if alone {
+            *slot = None;
+        }
+        alone
     }
 }
 
@@ -202,8 +206,23 @@ garbage
         assert_eq!(seen, Some(std::process::id()));
     }
 
+    #[tokio::test]
+    async fn polling_ends_only_once_nobody_can_join_it() {
+        let ports = Ports::default();
+        let (sender, receiver) = watch::channel(Listening::default());
+        *ports.slot() = Some(receiver);
+        let joined = ports.watch().await;
+        assert!(!ports.retire(&sender));
+        drop(joined);
+        assert!(ports.retire(&sender));
+        // The task has decided to end, but still lives: whoever comes now begins anew.
+        let later = ports.watch().await;
+        drop(sender);
+        assert!(later.has_changed().is_ok(), "a watcher was given a receiver that hears nothing any more");
+    }
+
     #[test]
-    fn the_innermost_pid_is_told() {
+    fn the_innermost_pid_is_reported() {
         assert_eq!(inner_pid("Name:\tx\nNSpid:\t4021\t17\n"), 17);
         assert_eq!(inner_pid("Name:\tx\n"), 0);
     }

@@ -99,6 +99,39 @@ impl Child {
     }
 }
 
+/// A child that nobody has taken over yet. Dropped before [`KillOnDrop::keep`] it is killed: no process outlives a start that was given up.
+#[derive(Debug)]
+pub(crate) struct KillOnDrop {
+    child: Child,
+    kept: bool,
+}
+
+impl KillOnDrop {
+    pub(crate) fn new(child: Child) -> Self {
+        Self { child, kept: false }
+    }
+
+    pub(crate) fn child(&self) -> &Child {
+        &self.child
+    }
+
+    /// From now on it lives as long as it likes.
+    pub(crate) fn keep(mut self) -> Child {
+        self.kept = true;
+        self.child.clone()
+    }
+}
+
+impl Drop for KillOnDrop {
+    fn drop(&mut self) {
+        if !self.kept
+            && let Err(error) = self.child.signal(Signal::SIGKILL)
+        {
+            log!("cannot end process {}: {error}", self.child.pid);
+        }
+    }
+}
+
 impl Reaper {
     /// Starts the thread.
     pub(crate) fn start() -> io::Result<Self> {
@@ -207,5 +240,18 @@ mod tests {
         assert_eq!(report, Report::Failed { step: Step::Exec, errno: Errno::EACCES as i32 });
         let (report, _) = run(program(&["/no/such"], &["such"], "/")).await;
         assert_eq!(report, Report::Failed { step: Step::Exec, errno: Errno::ENOENT as i32 });
+
+        // Its taker has gone, as a start's does whose caller broke off.
+        let sleeper = || spawn::start(&reaper, &program(&["/bin/sleep"], &["sleep", "1000"], "/")).unwrap().0;
+        let exit = async |child: &Child| tokio::time::timeout(Duration::from_secs(10), child.ended()).await.unwrap();
+        let (given_up, kept) = (sleeper(), sleeper());
+        let (ready, taker) = tokio::sync::oneshot::channel();
+        drop(taker);
+        drop(ready.send(KillOnDrop::new(given_up.clone())));
+        assert_eq!(exit(&given_up).await, Exit::Signal(9));
+        let kept = KillOnDrop::new(kept).keep();
+        assert_eq!(kept.exit(), None, "a child that was taken over lives on");
+        kept.signal(Signal::SIGTERM).unwrap();
+        assert_eq!(exit(&kept).await, Exit::Signal(15));
     }
 }

@@ -1,4 +1,4 @@
-//! Tasks: holds by which programs inside keep their sprite awake. Pure; the caller tells the time.
+//! Tasks: holds by which programs inside keep their sprite awake. Pure; the caller says what time it is.
 
 use std::{collections::BTreeMap, time::Duration};
 

@@ -54,9 +54,9 @@ pub(crate) async fn open(mut inputs: Streaming<TunnelInput>) -> Result<mpsc::Rec
 
 async fn connect(target: &TunnelOpen) -> Result<TcpStream, Status> {
     let port = u16::try_from(target.port).ok().filter(|port| *port > 0);
-    let port = port.ok_or_else(|| Status::invalid_argument(format!("{} is no port", target.port)))?;
-    let addresses =
-        addresses(&target.host).ok_or_else(|| Status::invalid_argument(format!("{:?} is no address", target.host)))?;
+    let port = port.ok_or_else(|| Status::invalid_argument(format!("{} is not a port", target.port)))?;
+    let addresses = addresses(&target.host)
+        .ok_or_else(|| Status::invalid_argument(format!("{:?} is not an address", target.host)))?;
     let mut refusal = Status::unavailable("connection refused");
     for address in addresses {
         match tokio::time::timeout(CONNECT_LIMIT, TcpStream::connect(SocketAddr::new(address, port))).await {

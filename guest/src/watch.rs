@@ -24,7 +24,7 @@ const EVENTS_MAX: usize = 64;
 const REQUESTS_MAX: usize = 64;
 /// Pieces of one answer that its reader has not taken yet.
 const PIECES_MAX: usize = 8;
-/// Activity is told again after this while anything counts.
+/// Activity is reported again after this while anything counts.
 const REPEAT: Duration = Duration::from_secs(5);
 /// Output of sessions without a client is looked at this often.
 const OUTPUT_POLL: Duration = Duration::from_secs(1);
@@ -49,11 +49,19 @@ pub(crate) struct Hub {
     tasks_changed: Notify,
     /// To the newest Watch stream.
     host: Mutex<Option<mpsc::Sender<Message>>>,
-    waiting: Mutex<HashMap<u64, mpsc::Sender<AnswerRequest>>>,
+    waiting: Mutex<HashMap<u64, Waiting>>,
     next_request: AtomicU64,
 }
 
-/// An answer that comes in pieces. Dropping it gives it up.
+/// A request that the host has not answered in full.
+#[derive(Debug)]
+struct Waiting {
+    answer: mpsc::Sender<AnswerRequest>,
+    /// The stream it was sent on. When that ends the answer is lost: another session of the host does not know of it.
+    host: mpsc::Sender<Message>,
+}
+
+/// An answer that comes in pieces; without one that is `done`, the end of the channel means that the host has gone. Dropping it gives it up.
 #[derive(Debug)]
 pub(crate) struct Answer {
     pub pieces: mpsc::Receiver<AnswerRequest>,
@@ -85,11 +93,11 @@ impl Hub {
         })
     }
 
-    fn waiting(&self) -> MutexGuard<'_, HashMap<u64, mpsc::Sender<AnswerRequest>>> {
+    fn waiting(&self) -> MutexGuard<'_, HashMap<u64, Waiting>> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Works on the tasks; what it changes is told to the host.
+    /// Works on the tasks; the host hears of what it changes.
     pub(crate) fn with_tasks<T>(&self, work: impl FnOnce(&mut Tasks, u64) -> T) -> T {
         let done = work(&mut self.tasks.lock().unwrap_or_else(PoisonError::into_inner), now_ms());
         self.tasks_changed.notify_waiters();
@@ -112,8 +120,21 @@ impl Hub {
         let (sender, events) = mpsc::channel(EVENTS_MAX);
         *self.host.lock().unwrap_or_else(PoisonError::into_inner) = Some(sender.clone());
         let hub = Arc::clone(self);
-        tokio::spawn(async move { hub.tell(sender).await });
+        tokio::spawn(async move {
+            hub.tell(sender.clone()).await;
+            hub.gone(&sender);
+        });
         events
+    }
+
+    /// A stream has ended: who waits for an answer to a request that went there hears of it at once.
+    fn gone(&self, host: &mpsc::Sender<Message>) {
+        let mut newest = self.host.lock().unwrap_or_else(PoisonError::into_inner);
+        if newest.as_ref().is_some_and(|newest| newest.same_channel(host)) {
+            *newest = None;
+        }
+        drop(newest);
+        self.waiting().retain(|_, waiting| !waiting.host.same_channel(host));
     }
 
     async fn tell(&self, host: mpsc::Sender<Message>) {
@@ -159,7 +180,7 @@ impl Hub {
             if waiting.len() >= REQUESTS_MAX {
                 return Err(AskError::TooMany);
             }
-            waiting.insert(id, sender);
+            waiting.insert(id, Waiting { answer: sender, host: host.clone() });
         }
         let answer = Answer { pieces, _place: Place { hub: Arc::clone(self), id } };
         let request = HostRequest { id, method: method.to_owned(), path: path.to_owned(), body };
@@ -173,7 +194,11 @@ impl Hub {
     pub(crate) async fn answer(&self, piece: AnswerRequest) {
         let sender = {
             let mut waiting = self.waiting();
-            if piece.done { waiting.remove(&piece.id) } else { waiting.get(&piece.id).cloned() }
+            if piece.done {
+                waiting.remove(&piece.id).map(|waiting| waiting.answer)
+            } else {
+                waiting.get(&piece.id).map(|waiting| waiting.answer.clone())
+            }
         };
         if let Some(sender) = sender {
             drop(sender.send(piece).await);
@@ -201,4 +226,55 @@ async fn next_end(ended: &mut watch::Receiver<Option<String>>) -> String {
 fn now_ms() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::{ports::Ports, reaper::Reaper};
+
+    pub(crate) const LIMIT: Duration = Duration::from_secs(10);
+
+    /// One without an environment.
+    pub(crate) fn hub() -> (Arc<Hub>, Arc<Sessions>, Arc<Environment>) {
+        let reaper = Reaper::default();
+        let environment = Arc::new(Environment::new(reaper.clone()));
+        let sessions = Sessions::new(Arc::clone(&environment), reaper, Ports::default(), watch::channel(true).1);
+        (Hub::new(Arc::clone(&sessions), Arc::clone(&environment)), sessions, environment)
+    }
+
+    /// The next request that the host gets.
+    pub(crate) async fn request(events: &mut mpsc::Receiver<Message>) -> HostRequest {
+        loop {
+            let event = tokio::time::timeout(LIMIT, events.recv()).await.unwrap().unwrap().unwrap();
+            if let Some(Event::Request(request)) = event.event {
+                return request;
+            }
+        }
+    }
+
+    fn piece(id: u64, done: bool) -> AnswerRequest {
+        AnswerRequest { id, done, ..AnswerRequest::default() }
+    }
+
+    #[tokio::test]
+    async fn an_answer_is_lost_with_the_session_that_was_asked_and_only_then() {
+        let (hub, ..) = hub();
+        assert_eq!(hub.ask("GET", "/", vec![]).await.unwrap_err(), AskError::NoHost);
+        let mut old = hub.watch();
+        let mut lost = hub.ask("POST", "/old", vec![]).await.unwrap();
+        request(&mut old).await;
+        let mut new = hub.watch();
+        let mut kept = hub.ask("POST", "/new", vec![]).await.unwrap();
+        let kept_id = request(&mut new).await.id;
+        drop(old);
+        let end = tokio::time::timeout(LIMIT, lost.pieces.recv()).await;
+        assert_eq!(end.expect("waits for a session that is over"), None);
+        hub.answer(piece(kept_id, true)).await;
+        assert_eq!(kept.pieces.recv().await, Some(piece(kept_id, true)));
+        assert!(hub.waiting().is_empty());
+        drop(new);
+        let gone = async { while hub.ask("GET", "/", vec![]).await.is_ok() {} };
+        tokio::time::timeout(LIMIT, gone).await.expect("requests go to a host that has left");
+    }
 }

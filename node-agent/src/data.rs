@@ -11,7 +11,8 @@
 //!
 //! 1. Whatever a request waits for happens before its answer begins: a WebSocket gets 101 when the sprite is awake and the command runs, or a refusal
 //!    with a JSON body. The wake is not visible but for its time (and a header).
-//! 2. A sprite stays awake as long as a request for it is served, body and upgraded connection included.
+//! 2. A sprite stays awake as long as a request for it is served, body and upgraded connection included. When its VM ends all the same (an order to
+//!    sleep, a restart, a restore), every connection into it breaks at once: nothing hangs ([`Awake::is_gone`]).
 //! 3. Nothing is buffered without bound: a client that does not read stops the guest's writer, a guest that does not read stops the client.
 //! 4. A request with a sprite's id never reaches the control plane, whatever its path ([`in_front_of`]).
 
@@ -29,6 +30,7 @@ use proto::{
     paths::{SPRITE_ID_HEADER, SPRITE_PORT_HEADER, SPRITE_WAKE_HEADER},
 };
 use tokio::net::TcpStream;
+use tokio_util::sync::CancellationToken;
 use tower::ServiceExt as _;
 
 use crate::{
@@ -64,6 +66,8 @@ pub type Dial = Arc<dyn Fn(u16) -> BoxFuture<'static, io::Result<TcpStream>> + S
 pub struct Awake {
     pub agent: AgentClient,
     pub dial: Dial,
+    /// Cancelled when the VM ends.
+    pub ended: CancellationToken,
     /// How it was found: `none` (was running), `paused`, `memory`, `disk`.
     pub was: &'static str,
     /// Keeps the sprite awake until it is dropped.
@@ -77,7 +81,19 @@ impl From<Running> for Awake {
             let net = Arc::clone(&net);
             async move { net.connect(port).await }.boxed()
         });
-        Self { agent: running.agent, dial, was: running.was, hold: Box::new(running.guard) }
+        Self { agent: running.agent, dial, ended: running.ended, was: running.was, hold: Box::new(running.guard) }
+    }
+}
+
+impl Awake {
+    /// Whether this VM serves nobody any more. The next request wakes another.
+    fn is_gone(&self) -> bool {
+        self.ended.is_cancelled() || self.agent.is_closed()
+    }
+
+    /// Why a request was not answered: because the VM is gone, or else for the reason given.
+    fn explain(&self, refusal: Refusal) -> Refusal {
+        if self.is_gone() { Refusal::interrupted() } else { refusal }
     }
 }
 

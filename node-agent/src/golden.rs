@@ -30,7 +30,7 @@ use crate::{
     process::{RunDir, blocking},
     qemu::{DiskBackend, Start, VmFiles},
     qmp::{Qmp, QmpError},
-    resources::Resources,
+    resources::{MEMORY_FOLDER_FREE_MIB_MIN, Resources},
     vm::change::chain,
 };
 
@@ -67,6 +67,11 @@ pub struct Golden {
 pub enum GoldenError {
     #[error("cannot prepare {what} for the golden VM")]
     Prepare { what: &'static str, source: io::Error },
+    #[error(
+        "{folder}, where the memory of VMs lies, has {free_mib} MiB free and needs {MEMORY_FOLDER_FREE_MIB_MIN}; enlarge it \
+         (mount -o remount,size=75% on a tmpfs), or name another with --memory-dir"
+    )]
+    NoMemory { folder: PathBuf, free_mib: u64 },
     #[error("cannot set up the golden VM's network")]
     Network(#[source] NetError),
     #[error("the golden VM's QEMU does not answer; see {log}")]
@@ -207,9 +212,14 @@ async fn make(resources: &Resources, size: SizeClass, folder: &Path, id: &str) -
     let slot =
         resources.slots.take().ok_or_else(|| prepare("a network slot")(io::Error::other("all slots are in use")))?;
     let uid = resources.uid(slot.number());
+    std::fs::create_dir_all(&resources.config.memory).map_err(prepare("the memory folder"))?;
+    let free_mib = resources.memory_folder_free_mib();
+    if free_mib < MEMORY_FOLDER_FREE_MIB_MIN {
+        return Err(GoldenError::NoMemory { folder: resources.config.memory.clone(), free_mib });
+    }
     let net = resources.network.attach(slot.number(), uid).await.map_err(GoldenError::Network)?;
-    let bench = Bench { resources, size, slot: slot.number(), net: &net };
-    let made = bench.make().await;
+    let workbench = Workbench { resources, size, slot: slot.number(), net: &net };
+    let made = workbench.make().await;
     net.detach().await.map_err(GoldenError::Network)?;
     let work = made?;
 
@@ -218,14 +228,14 @@ async fn make(resources: &Resources, size: SizeClass, folder: &Path, id: &str) -
 }
 
 /// Where a snapshot is made: the network and the user of one VM.
-struct Bench<'a> {
+struct Workbench<'a> {
     resources: &'a Resources,
     size: SizeClass,
     slot: u32,
     net: &'a SpriteNet,
 }
 
-impl Bench<'_> {
+impl Workbench<'_> {
     /// Boots and saves, until a copy of what was saved answers.
     async fn make(&self) -> Result<RunDir, GoldenError> {
         let mut boots = 1;
@@ -255,13 +265,9 @@ impl Bench<'_> {
         let (made, uid, bytes) = (run.clone(), self.resources.uid(self.slot), self.size.memory_bytes());
         blocking(move || {
             remove(&made)?;
-            std::fs::create_dir_all(&made.folder)?;
-            made.memory.parent().map_or(Ok(()), std::fs::create_dir_all)?;
+            made.prepare(uid)?;
             std::fs::File::create(&made.memory)?.set_len(bytes)?;
-            for path in [&made.folder, &made.memory] {
-                std::os::unix::fs::chown(path, Some(uid), Some(uid))?;
-            }
-            Ok(())
+            std::os::unix::fs::chown(&made.memory, Some(uid), Some(uid))
         })
         .await
         .map_err(|source| GoldenError::Prepare { what: "its folder", source })?;
@@ -339,7 +345,11 @@ async fn save_when_up(work: &RunDir, log: PathBuf) -> Result<(), GoldenError> {
     // The guest has to see the end of the connection, so that no half session is in the snapshot. There is no answer to wait for.
     tokio::time::sleep(SETTLE).await;
     qmp.stop().await.map_err(qemu)?;
-    qmp.save_state(&work.state()).await.map_err(qemu)
+    qmp.save_state(&work.unfinished_state()).await.map_err(qemu)?;
+    let work = work.clone();
+    blocking(move || work.keep_state())
+        .await
+        .map_err(|source| GoldenError::Prepare { what: "the device state it has written", source })
 }
 
 async fn answer_when_loaded(copy: &RunDir, state: &Path, log: PathBuf) -> Result<(), GoldenError> {

@@ -94,6 +94,7 @@ impl Node for NodeService {
             frozen_ms: ms(report.frozen),
             local_ms: ms(report.local),
             bucket_ms: ms(report.bucket),
+            woken: report.woken,
         }))
     }
 
@@ -134,10 +135,19 @@ impl Node for NodeService {
         let running = self.host.running(id).await.map_err(wake_status)?;
         let volume = self.host.resources().store.volume(id).ok_or_else(|| not_here(id))?;
         let begun = std::time::Instant::now();
-        let taken = checkpoint::take(&running.agent, &volume, request.comment, false)
+        // A caller that goes away must not leave the guest's file system frozen, nor a seal of which nobody knows.
+        let taken = tokio::spawn({
+            let volume = volume.clone();
+            async move {
+                let taken = checkpoint::take(&running.agent, &volume, request.comment, false).await;
+                drop(running);
+                taken
+            }
+        });
+        let taken = taken
             .await
-            .map_err(|error| Status::unavailable(format!("cannot take a checkpoint: {}", chain(&error))))?;
-        drop(running);
+            .map_err(|error| Status::internal(error.to_string()))?
+            .map_err(|error| checkpoint_status(&error))?;
         let mut events = checkpoint::events(&taken);
         if !request.durable {
             return Ok(stream_of(events));
@@ -328,7 +338,6 @@ fn order_status(error: OrderError) -> Status {
     match error {
         OrderError::Refused(_) => Status::failed_precondition(error.to_string()),
         OrderError::Failed(_) => Status::internal(error.to_string()),
-        OrderError::Interrupted => Status::aborted(error.to_string()),
         OrderError::ShuttingDown => Status::unavailable(error.to_string()),
     }
 }
@@ -337,7 +346,10 @@ fn checkpoint_status(error: &blockstore::store::CheckpointError) -> Status {
     use blockstore::store::CheckpointError;
     match error {
         CheckpointError::Unknown { .. } => Status::not_found(error.to_string()),
-        CheckpointError::CurrentBase { .. } => Status::failed_precondition(error.to_string()),
+        CheckpointError::CommentTooLong { .. } => Status::invalid_argument(error.to_string()),
+        CheckpointError::CurrentBase { .. } | CheckpointError::Lost { .. } | CheckpointError::TooMany { .. } => {
+            Status::failed_precondition(error.to_string())
+        }
         _ => Status::unavailable(chain(error)),
     }
 }

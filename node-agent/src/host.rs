@@ -16,6 +16,7 @@ use proto::{
     record::{DISK_BYTES_DEFAULT, SpriteRecord},
 };
 use tokio::sync::{broadcast, oneshot, watch};
+use tokio_util::sync::CancellationToken;
 
 use crate::{
     agent::AgentClient,
@@ -61,6 +62,8 @@ pub(crate) enum TableChange {
 pub struct Running {
     pub agent: AgentClient,
     pub net: Arc<SpriteNet>,
+    /// Cancelled when the VM ends although it is held awake: put to sleep by order, restarted, restored, or dead.
+    pub ended: CancellationToken,
     /// How it was found: `none` (was running), `paused`, `memory`, `disk`.
     pub was: &'static str,
     pub guard: UseGuard,
@@ -73,7 +76,7 @@ pub enum WakeError {
     NotHere(SpriteId),
     #[error("this host has no room to wake sprite {0}; retry, or free memory")]
     NoCapacity(SpriteId),
-    #[error("sprite {sprite} cannot start: {reason}")]
+    #[error("sprite {sprite} cannot start: {reason}; the next request tries a boot from its disk")]
     Failed { sprite: SpriteId, reason: String },
     #[error("sprite {0} did not come up within {WAKE_LIMIT:?}")]
     Timeout(SpriteId),
@@ -126,13 +129,18 @@ impl Host {
     pub async fn create(&self, mut record: SpriteRecord) -> Result<Created, CreateError> {
         let fits = record.size == self.0.pool.size() && record.disk_bytes == DISK_BYTES_DEFAULT;
         let pooled = if fits { self.0.pool.take().await } else { None };
-        let from = if pooled.is_some() { "pool" } else { "golden" };
-        let id = pooled.as_ref().map_or_else(SpriteId::generate, |prepared| prepared.parts.id);
-        record.id = id;
-        let parts = match pooled {
-            Some(prepared) => self.name(prepared, &record).await?,
-            None => self.make(&record).await?,
+        let named = match pooled {
+            Some(prepared) => self.name(prepared, &mut record).await,
+            None => None,
         };
+        let (parts, from) = match named {
+            Some(parts) => (parts, "pool"),
+            None => {
+                record.id = SpriteId::generate();
+                (self.make(&record).await?, "golden")
+            }
+        };
+        let id = record.id;
         let key = record_key(id);
         if let Err(source) = self.0.resources.config.bucket.create_record(&key, record.clone()).await {
             pool::free(&self.0.resources, parts).await;
@@ -142,18 +150,21 @@ impl Host {
         Ok(Created { id, from })
     }
 
-    async fn name(&self, prepared: Prepared, record: &SpriteRecord) -> Result<Parts, CreateError> {
+    /// `None` when the entry is of no use, for example because its VM has died; it is freed.
+    async fn name(&self, prepared: Prepared, record: &mut SpriteRecord) -> Option<Parts> {
         let mut parts = prepared.parts;
+        record.id = parts.id;
         parts.record = Some(record.clone());
         let named = match &mut parts.process {
             Some(process) => name_process(process, record).await,
             None => Err("it has no VM".into()),
         };
         match named {
-            Ok(()) => Ok(parts),
+            Ok(()) => Some(parts),
             Err(reason) => {
+                tracing::warn!(sprite = %parts.id, reason, "an entry of the pool is of no use; starting from the golden VM");
                 pool::free(&self.0.resources, parts).await;
-                Err(CreateError::Start(reason))
+                None
             }
         }
     }

@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use blockstore::store::Volume;
+use blockstore::store::{CheckpointError, Volume};
 use proto::{
     agent::{AnswerRequest, HostRequest, guest_event},
     id::SpriteId,
@@ -95,7 +95,9 @@ async fn answer(
     request: HostRequest,
 ) {
     let id = request.id;
-    let Some(volume) = resources.store.volume(sprite) else { return };
+    let Some(volume) = resources.store.volume(sprite) else {
+        return send(agent, id, Reply::error(503, "the disk is not on this host at the moment; try again")).await;
+    };
     let parts: Vec<&str> = request.path.trim_matches('/').split('/').collect();
     let reply = match (request.method.as_str(), parts.as_slice()) {
         ("GET", ["v1", "checkpoints"]) => list(&volume).await,
@@ -154,21 +156,24 @@ async fn restore(owner: &mpsc::Sender<Command>, checkpoint: String) {
 
 async fn create(agent: &AgentClient, volume: &Volume, body: &[u8]) -> Reply {
     #[derive(Deserialize, Default)]
-    struct Wish {
+    struct Request {
         #[serde(default)]
         comment: String,
     }
-    let wish: Wish = match body {
-        [] => Wish::default(),
+    let request: Request = match body {
+        [] => Request::default(),
         body => match serde_json::from_slice(body) {
-            Ok(wish) => wish,
+            Ok(request) => request,
             Err(error) => return Reply::error(400, format!("the body is not {{\"comment\": text}}: {error}")),
         },
     };
-    match checkpoint::take(agent, volume, wish.comment, false).await {
+    match checkpoint::take(agent, volume, request.comment, false).await {
         Ok(taken) => Reply::lines(checkpoint::events(&taken).iter().map(|event| {
             json!({ "type": event.kind, "data": event.data, "time": jiff::Timestamp::now().round(jiff::Unit::Second).unwrap_or_default().to_string() })
         })),
+        Err(error @ (CheckpointError::CommentTooLong { .. } | CheckpointError::TooMany { .. })) => {
+            Reply::error(422, error.to_string())
+        }
         Err(error) => Reply::error(500, format!("cannot take a checkpoint: {}", chain(&error))),
     }
 }

@@ -44,7 +44,7 @@ const SPAWN_LIMIT: Duration = Duration::from_secs(20);
 /// Everything about one jail. Written to `<run>/jail.json`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct JailSpec {
-    /// Folder of the VM: writable inside. Holds the log, `exit.json` and QEMU's sockets.
+    /// Folder of the VM, visible inside. Holds the log and `exit.json`; what QEMU may write in it is said by owner and mode.
     pub run: PathBuf,
     /// Absolute path of QEMU.
     pub program: PathBuf,

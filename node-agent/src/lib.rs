@@ -40,7 +40,7 @@ use std::{io, path::PathBuf, process::Stdio, sync::Arc, time::Duration};
 
 use blockstore::store::{Store, StoreConfig};
 use futures_util::{StreamExt as _, stream};
-use proto::{node::node_server::NodeServer, record::SizeClass};
+use proto::{id::SpriteId, node::node_server::NodeServer, record::SizeClass};
 use tokio::net::UnixListener;
 
 pub use config::{Config, ImageFiles};
@@ -49,7 +49,11 @@ use host::Host;
 use net::Network;
 use pool::Pool;
 use resources::Resources;
-use vm::{Depth, change::chain};
+use vm::{
+    Depth,
+    change::chain,
+    task::{OrderError, SleepReport},
+};
 
 /// The QEMU binary, found in `PATH`.
 const QEMU: &str = "qemu-system-x86_64";
@@ -128,12 +132,15 @@ impl NodeAgent {
             kernel_digest,
             goldens: Default::default(),
         });
+        // Before any VM is started: the living ones keep their slots.
+        let noted = recover::read_notes(&resources).map_err(NodeError::Recover)?;
         progress("making the golden snapshot");
         resources.golden(SizeClass::default()).await.map_err(NodeError::Golden)?;
-        let pool = Pool::start(Arc::clone(&resources), pool_size);
+        let (pool, filling) = Pool::new(Arc::clone(&resources), pool_size);
         let host = Host::new(Arc::clone(&resources), pool);
         progress("taking up sprites");
-        recover::recover(&resources, &host, &progress).await.map_err(NodeError::Recover)?;
+        recover::recover(&resources, &host, noted, &progress).await.map_err(NodeError::Recover)?;
+        tokio::spawn(filling);
         Ok(Self { host })
     }
 
@@ -153,6 +160,16 @@ impl NodeAgent {
         axum::serve(listener, app).with_graceful_shutdown(shutdown).await
     }
 
+    /// A request that was under way may wake a sprite once more.
+    async fn sleep_for_good(&self, id: SpriteId) -> Result<SleepReport, OrderError> {
+        loop {
+            let report = self.host.sleep(id, Depth::Suspended).await?;
+            if !report.woken {
+                return Ok(report);
+            }
+        }
+    }
+
     /// Ends the node agent. `progress` is told about each sprite.
     pub async fn shutdown(&self, mode: Shutdown, progress: impl Fn(&str) + Send + Sync) {
         for prepared in self.host.pool().drain().await {
@@ -162,7 +179,7 @@ impl NodeAgent {
         if mode == Shutdown::Suspend {
             let asleep = ids.iter().map(|id| async {
                 let name = self.host.status(*id).map(|status| status.name).unwrap_or_default();
-                match tokio::time::timeout(SHUTDOWN_LIMIT, self.host.sleep(*id, Depth::Suspended)).await {
+                match tokio::time::timeout(SHUTDOWN_LIMIT, self.sleep_for_good(*id)).await {
                     Ok(Ok(report)) => match report.not_preserved {
                         None => progress(&format!("{name} is suspended")),
                         Some(reason) => progress(&format!("{name} is suspended on this host only: {reason}")),

@@ -23,12 +23,11 @@
 //! Outbound IPv6: the guest has a ULA, and the namespace answers "no route" at once, so programs fall back to IPv4.
 
 use std::{
-    collections::HashMap,
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     os::fd::OwnedFd,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
     time::Duration,
 };
 
@@ -57,6 +56,10 @@ const GATEWAY_MAC: &str = "52:54:00:5b:1e:02";
 const POOL_BASE: u32 = u32::from_be_bytes([100, 64, 0, 0]);
 const SLOTS_MAX: u32 = 4096;
 const SLOT_ADDRESSES: u32 = 4;
+const BLOCKS: u32 = 256;
+const BLOCK_ADDRESSES: u32 = SLOTS_MAX * SLOT_ADDRESSES;
+/// Of the host's end of every VM's network, whatever the instance.
+const VETH_PREFIX: &str = "spv";
 /// Interface names have at most 15 characters: `spv`, the instance, `-`, and four digits.
 const INSTANCE_LEN_MAX: usize = 4;
 /// A guest that does not answer a SYN from its own gateway within this is not there.
@@ -82,6 +85,8 @@ pub enum NetError {
         "instance {0:?} does not fit into interface names; use at most {INSTANCE_LEN_MAX} lower-case letters or digits"
     )]
     BadInstance(String),
+    #[error("no addresses are left for instance {0:?}: other instances on this host use all blocks of 100.64.0.0/10")]
+    NoBlock(String),
     #[error("{text:?} is not a network; write it as 192.0.2.0/24")]
     BadNetwork { text: String },
     #[error("slot {slot} is not below {SLOTS_MAX}")]
@@ -122,8 +127,6 @@ pub struct Network(Arc<Shared>);
 struct Shared {
     names: Names,
     resolvers: dns::Resolvers,
-    /// Made ahead of need by [`Network::prepare`].
-    prepared: Mutex<HashMap<(u32, u32), SpriteNet>>,
 }
 
 /// Names and addresses of one node agent's networks.
@@ -134,17 +137,37 @@ struct Names {
     base: u32,
 }
 
+/// An interface of this host and its address, if it has one.
+type Interface = (String, Option<Ipv4Addr>);
+
 impl Names {
-    fn new(instance: &str) -> Result<Self, NetError> {
+    fn new(instance: &str, interfaces: &[Interface]) -> Result<Self, NetError> {
         let fits = instance.len() <= INSTANCE_LEN_MAX
             && instance.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit());
         if !fits {
             return Err(NetError::BadInstance(instance.to_owned()));
         }
-        // The unnamed instance has block 0; others share the rest by a small hash. Two that collide fail at `attach`: the address is taken.
-        let hash = instance.bytes().fold(0_u32, |hash, byte| (hash.wrapping_mul(31) + u32::from(byte)) % 255);
-        let block = if instance.is_empty() { 0 } else { 1 + hash };
-        Ok(Self { instance: instance.to_owned(), base: POOL_BASE + block * SLOTS_MAX * SLOT_ADDRESSES })
+        let mut names = Self { instance: instance.to_owned(), base: POOL_BASE };
+        let block = names.choose_block(interfaces).ok_or_else(|| NetError::NoBlock(instance.to_owned()))?;
+        names.base += block * BLOCK_ADDRESSES;
+        Ok(names)
+    }
+
+    /// The block in which VMs of an earlier start of this instance live; else one that no other instance uses, beginning with the one its name hashes to.
+    /// The unnamed instance begins with block 0.
+    fn choose_block(&self, interfaces: &[Interface]) -> Option<u32> {
+        let prefix = self.veth_prefix();
+        let (mut own, mut others) = (None, [false; BLOCKS as usize]);
+        for (name, address) in interfaces.iter().filter(|(name, _)| name.starts_with(VETH_PREFIX)) {
+            let block =
+                address.and_then(|address| u32::from(address).checked_sub(POOL_BASE)).map(|at| at / BLOCK_ADDRESSES);
+            let Some(block) = block.filter(|block| *block < BLOCKS) else { continue };
+            if name.starts_with(&prefix) { own = Some(block) } else { others[block as usize] = true }
+        }
+        let hash =
+            self.instance.bytes().fold(0_u32, |hash, byte| (hash.wrapping_mul(31) + u32::from(byte)) % (BLOCKS - 1));
+        let first = if self.instance.is_empty() { 0 } else { 1 + hash };
+        own.or_else(|| (0..BLOCKS).map(|step| (first + step) % BLOCKS).find(|block| !others[*block as usize]))
     }
 
     fn table(&self) -> String {
@@ -160,7 +183,7 @@ impl Names {
     }
 
     fn veth_prefix(&self) -> String {
-        format!("spv{}-", self.instance)
+        format!("{VETH_PREFIX}{}-", self.instance)
     }
 
     fn veth(&self, slot: u32) -> String {
@@ -184,25 +207,22 @@ impl Names {
 impl Network {
     /// Sets up what all guests share: forwarding and the host's table of rules. Repeating it replaces the table; networks of living VMs stay.
     pub async fn start(config: NetworkConfig) -> Result<Self, NetError> {
-        let names = Names::new(&config.instance)?;
+        let names = Names::new(&config.instance, &interfaces().map_err(system("list the host's interfaces"))?)?;
         let denied = parse_all(&config.denied)?;
         let allowed = parse_all(&config.allowed)?;
         let table = rules::host_table(&names, &denied, &allowed);
         blocking(move || {
-            std::fs::create_dir_all(namespace::FOLDER).map_err(system("create the folder of network namespaces"))?;
+            namespace::set_up_folder().map_err(system("set up the folder of network namespaces"))?;
             std::fs::write("/proc/sys/net/ipv4/ip_forward", "1").map_err(system("switch IPv4 forwarding on"))?;
             rules::load(&table)
         })
         .await?;
         let resolvers = dns::Resolvers::new(config.resolvers);
-        Ok(Self(Arc::new(Shared { names, resolvers, prepared: Mutex::default() })))
+        Ok(Self(Arc::new(Shared { names, resolvers })))
     }
 
     /// A fresh network for the VM in `slot`, whose QEMU runs as `uid`. What was left of an earlier one in this slot is removed.
     pub async fn attach(&self, slot: u32, uid: u32) -> Result<SpriteNet, NetError> {
-        if let Some(ready) = self.prepared().remove(&(slot, uid)) {
-            return Ok(ready);
-        }
         self.check(slot)?;
         let names = self.0.names.clone();
         blocking(move || {
@@ -211,15 +231,6 @@ impl Network {
         })
         .await?;
         self.open(slot)
-    }
-
-    /// Makes the network of a slot ahead of need; the next [`Self::attach`] with the same numbers takes it.
-    pub async fn prepare(&self, slot: u32, uid: u32) -> Result<(), NetError> {
-        if !self.prepared().contains_key(&(slot, uid)) {
-            let net = self.attach(slot, uid).await?;
-            self.prepared().insert((slot, uid), net);
-        }
-        Ok(())
     }
 
     /// Takes up the network of a VM that lived on while the node agent was down. Its interfaces are left as they are.
@@ -234,7 +245,7 @@ impl Network {
 
     /// Removes every network of this instance whose slot is not in `live`. Returns how many.
     pub async fn sweep(&self, live: impl IntoIterator<Item = u32>) -> Result<usize, NetError> {
-        let live: Vec<u32> = live.into_iter().chain(self.prepared().keys().map(|(slot, _)| *slot)).collect();
+        let live: Vec<u32> = live.into_iter().collect();
         let names = self.0.names.clone();
         blocking(move || {
             let dead: Vec<u32> = namespace::found(&names)?.into_iter().filter(|slot| !live.contains(slot)).collect();
@@ -248,7 +259,6 @@ impl Network {
 
     /// Removes the host's part as well. For a host that stops being one; VMs lose their network.
     pub async fn stop(&self) -> Result<(), NetError> {
-        self.prepared().clear();
         self.sweep([]).await?;
         let table = self.0.names.table();
         blocking(move || rules::load(&format!("table inet {table}\ndelete table inet {table}\n"))).await
@@ -263,10 +273,6 @@ impl Network {
 
     fn check(&self, slot: u32) -> Result<(), NetError> {
         if slot < SLOTS_MAX { Ok(()) } else { Err(NetError::BadSlot { slot }) }
-    }
-
-    fn prepared(&self) -> std::sync::MutexGuard<'_, HashMap<(u32, u32), SpriteNet>> {
-        self.0.prepared.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -322,6 +328,16 @@ impl SpriteNet {
         let (names, slot) = (self.network.0.names.clone(), self.slot);
         blocking(move || namespace::remove(&names, slot)).await
     }
+}
+
+fn interfaces() -> io::Result<Vec<Interface>> {
+    let all = nix::ifaddrs::getifaddrs()?;
+    Ok(all
+        .map(|interface| {
+            let address = interface.address.and_then(|address| Some(address.as_sockaddr_in()?.ip()));
+            (interface.interface_name, address)
+        })
+        .collect())
 }
 
 fn parse_all(texts: &[String]) -> Result<Vec<Cidr>, NetError> {

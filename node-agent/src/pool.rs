@@ -39,15 +39,20 @@ pub(crate) struct Pool {
 }
 
 impl Pool {
-    /// Starts the task that keeps `entries` sprites ready. None: every create starts from the golden VM.
-    pub(crate) fn start(resources: Arc<Resources>, entries: usize) -> Self {
+    /// The empty pool, and the task that keeps `entries` sprites ready. None: every create starts from the golden VM.
+    ///
+    /// The task must not begin before the sprites of this host are taken up: what it starts would be a VM that nobody holds, in a network that
+    /// nobody uses.
+    pub(crate) fn new(resources: Arc<Resources>, entries: usize) -> (Self, impl Future<Output = ()> + Send + 'static) {
         let size = SizeClass::default();
         let entries = entries.min(ENTRIES_MAX);
         let (sender, receiver) = mpsc::channel(entries.max(1));
-        if entries > 0 {
-            tokio::spawn(fill(resources, size, sender));
-        }
-        Self { ready: Mutex::new(receiver), size }
+        let filling = async move {
+            if entries > 0 {
+                fill(resources, size, sender).await;
+            }
+        };
+        (Self { ready: Mutex::new(receiver), size }, filling)
     }
 
     pub(crate) fn size(&self) -> SizeClass {

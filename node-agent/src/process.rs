@@ -9,7 +9,7 @@
 //! # Invariants
 //!
 //! 1. Device state is loaded at most once (ruling 2): [`VmProcess::resume`] renames the state file away and syncs the folder before the VM runs.
-//! 2. A state file that has its final name is whole: it is written beside, synced and renamed.
+//! 2. A state file that has its final name and is named by the note is whole: it is written in QEMU's folder, taken out and synced before the note says so.
 //! 3. The process outlives the node agent: nothing here kills it on drop.
 
 use std::{
@@ -26,6 +26,7 @@ use blockstore::{
 };
 use proto::{id::SpriteId, record::SizeClass};
 use serde::{Deserialize, Serialize};
+use tokio_util::sync::CancellationToken;
 
 use crate::{
     agent::{AgentClient, ConnectError},
@@ -52,6 +53,9 @@ const RESIZE_POLL: Duration = Duration::from_millis(20);
 const CONSOLE_TAIL_CHARS: usize = 2000;
 
 /// Files of one VM. The folder outlives node agent and process.
+///
+/// Only what lies in [`RunDir::qemu`] is QEMU's to write: the rest of the folder is root's, so that a QEMU that was taken over from inside finds no name
+/// in it that root will open, write or believe.
 #[derive(Clone, Debug)]
 pub struct RunDir {
     pub folder: PathBuf,
@@ -59,12 +63,17 @@ pub struct RunDir {
 }
 
 impl RunDir {
+    /// QEMU's own folder: its sockets, and the device state while it writes it.
+    pub fn qemu(&self) -> PathBuf {
+        self.folder.join("qemu")
+    }
+
     pub fn qmp(&self) -> PathBuf {
-        self.folder.join("qmp.sock")
+        self.qemu().join("qmp.sock")
     }
 
     pub fn agent(&self) -> PathBuf {
-        self.folder.join("agent.sock")
+        self.qemu().join("agent.sock")
     }
 
     pub fn nbd(&self) -> PathBuf {
@@ -91,9 +100,35 @@ impl RunDir {
         self.folder.join("memory.img")
     }
 
-    /// The device state goes through this name while it is written.
-    fn unfinished_state(&self) -> PathBuf {
-        self.folder.join("state.tmp")
+    /// Where QEMU writes its device state.
+    pub(crate) fn unfinished_state(&self) -> PathBuf {
+        self.qemu().join("state")
+    }
+
+    /// Makes the folder, and in it QEMU's, which `uid` gets empty.
+    pub(crate) fn prepare(&self, uid: u32) -> io::Result<()> {
+        std::fs::create_dir_all(self.qemu())?;
+        if let Some(folder) = self.memory.parent() {
+            std::fs::create_dir_all(folder)?;
+        }
+        for file in [self.qmp(), self.agent(), self.unfinished_state()] {
+            files::remove_if_there(&file)?;
+        }
+        std::os::unix::fs::chown(self.qemu(), Some(uid), Some(uid))
+    }
+
+    /// Takes the device state that QEMU has written out of its folder, synced.
+    ///
+    /// # Errors
+    ///
+    /// `InvalidData`: QEMU has put something else there than a file.
+    pub(crate) fn keep_state(&self) -> io::Result<()> {
+        std::fs::rename(self.unfinished_state(), self.state())?;
+        if !std::fs::symlink_metadata(self.state())?.is_file() {
+            files::remove_if_there(&self.state())?;
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "QEMU left no file where its state should be"));
+        }
+        std::fs::File::open(self.state())?.sync_all()
     }
 
     /// Everything of a suspended image, wherever it is.
@@ -116,7 +151,7 @@ pub struct VmNote {
     /// The golden snapshot (and with it QEMU, CPU model, kernel, layout) this VM descends from.
     pub snapshot_key: String,
     pub process: Option<ProcessNote>,
-    /// The process has not been told to run yet: nothing is lost with it, and its image, if it had one, is spent.
+    /// Its start is not finished: it does not run yet, or (a copy of the golden VM) its environment has not been started. Nothing is lost with it.
     #[serde(default)]
     pub loading: bool,
     /// Set while the VM is suspended: where in the volume's history the memory belongs (ruling 2).
@@ -156,6 +191,8 @@ pub enum StartError {
     Network(#[source] NetError),
     #[error("QEMU did not start; the end of its log: {log}")]
     Launch { log: String, source: QmpError },
+    #[error("QEMU ended while it started; the end of its log: {log}")]
+    Ended { log: String },
     #[error("cannot load the VM's state")]
     Load(#[source] QmpError),
     #[error("the guest does not answer; the end of its console: {console}")]
@@ -164,7 +201,7 @@ pub enum StartError {
     Incompatible { image: String, host: String },
     #[error("its process is gone")]
     Gone(#[source] io::Error),
-    #[error("its process had not begun to run")]
+    #[error("its start was not finished")]
     Unfinished,
     #[error("its process does not end, so its disk cannot be used by another")]
     Unkillable(#[source] io::Error),
@@ -186,6 +223,8 @@ pub struct VmProcess {
     pub note: VmNote,
     pub agent: AgentClient,
     pub net: Arc<SpriteNet>,
+    /// Cancelled when the process ends: connections into the VM are lost with it, and nothing else would say so.
+    pub ended: CancellationToken,
     pub exports: ExportTable,
     pub process: Arc<Process>,
     pub qmp: Qmp,
@@ -276,7 +315,9 @@ impl VmProcess {
             }
             connect_agent(&run, &qmp, &process).await?
         };
-        Ok((Self { run, note, agent, net: Arc::new(net), exports, process, qmp, _slot: slot, _nbd: nbd }, paused))
+        let ended = CancellationToken::new();
+        let net = Arc::new(net);
+        Ok((Self { run, note, agent, net, ended, exports, process, qmp, _slot: slot, _nbd: nbd }, paused))
     }
 
     async fn launch(resources: &Resources, run: RunDir, source: Source<'_>, plan: Plan) -> Result<Self, StartError> {
@@ -284,7 +325,7 @@ impl VmProcess {
         note.slot = slot.number();
         let uid = resources.uid(note.slot);
         let prepare = |what: &'static str| move |source: io::Error| StartError::Prepare { what, source };
-        prepare_folder(&run, uid).map_err(prepare("the run folder"))?;
+        run.prepare(uid).map_err(prepare("the run folder"))?;
         let memory = prepare_memory(&run, &source, uid);
         let network = resources.network.attach(note.slot, uid);
         let (memory, net) = tokio::join!(memory, network);
@@ -306,14 +347,16 @@ impl VmProcess {
         drop(tap);
         note.process = Some(ProcessNote { pid: process.pid(), started: process.started() });
         note.suspended_lsn = None;
-        let loaded = load(&run, &mut note, &source.state(&run), &spec).await;
+        let loaded = load(&run, &mut note, &source, &spec, &process).await;
         let started = match loaded {
             Ok(qmp) => connect_agent(&run, &qmp, &process).await.map(|agent| (qmp, agent)),
             Err(error) => Err(error),
         };
         match started {
             Ok((qmp, agent)) => {
-                Ok(Self { run, note, agent, net: Arc::new(net), exports, process, qmp, _slot: slot, _nbd: nbd })
+                let ended = CancellationToken::new();
+                let net = Arc::new(net);
+                Ok(Self { run, note, agent, net, ended, exports, process, qmp, _slot: slot, _nbd: nbd })
             }
             Err(error) => {
                 // Nobody would hold it: it must not go on with the disk.
@@ -322,6 +365,12 @@ impl VmProcess {
                 Err(error)
             }
         }
+    }
+
+    /// The environment of a fresh copy of the golden VM runs: from now on the VM is worth taking up after a restart of the node agent.
+    pub(crate) fn start_is_finished(&mut self) -> io::Result<()> {
+        self.note.loading = false;
+        self.note.write_volatile(&self.run)
     }
 
     /// Stops the vCPUs. Memory and connections stay.
@@ -348,8 +397,7 @@ impl VmProcess {
         let run = self.run.clone();
         let written = note.clone();
         blocking(move || {
-            std::fs::File::open(run.unfinished_state())?.sync_all()?;
-            std::fs::rename(run.unfinished_state(), run.state())?;
+            run.keep_state()?;
             written.write(&run)
         })
         .await
@@ -381,8 +429,9 @@ impl VmProcess {
         }
     }
 
-    /// Ends the process at once.
+    /// Ends the process at once, and every connection into the VM.
     pub async fn kill(&self) -> io::Result<()> {
+        self.ended.cancel();
         self.process.kill(KILL_LIMIT).await
     }
 }
@@ -401,17 +450,6 @@ async fn spend_image(run: &RunDir) -> io::Result<()> {
     .await
 }
 
-fn prepare_folder(run: &RunDir, uid: u32) -> io::Result<()> {
-    std::fs::create_dir_all(&run.folder)?;
-    if let Some(folder) = run.memory.parent() {
-        std::fs::create_dir_all(folder)?;
-    }
-    for socket in [run.qmp(), run.agent()] {
-        files::remove_if_there(&socket)?;
-    }
-    std::os::unix::fs::chown(&run.folder, Some(uid), Some(uid))
-}
-
 /// A fresh copy of the golden memory, or the sprite's own; readable by the VM's user.
 async fn prepare_memory(run: &RunDir, source: &Source<'_>, uid: u32) -> io::Result<()> {
     let memory = run.memory.clone();
@@ -423,9 +461,9 @@ async fn prepare_memory(run: &RunDir, source: &Source<'_>, uid: u32) -> io::Resu
     blocking(move || {
         match golden {
             Some(from) => drop(files::copy_sparse(&from, &memory)?),
-            None => std::os::unix::fs::chown(&spent, Some(uid), Some(uid))?,
+            None => std::os::unix::fs::lchown(&spent, Some(uid), Some(uid))?,
         }
-        std::os::unix::fs::chown(&memory, Some(uid), Some(uid))
+        std::os::unix::fs::lchown(&memory, Some(uid), Some(uid))
     })
     .await
 }
@@ -444,25 +482,35 @@ async fn spawn(resources: &Resources, spec: &JailSpec) -> io::Result<Process> {
 }
 
 /// Loads the device state and lets the VM run. The note is on disk before the VM can do anything, so that a next start finds the process.
-async fn load(run: &RunDir, note: &mut VmNote, state: &Path, spec: &JailSpec) -> Result<Qmp, StartError> {
+async fn load(
+    run: &RunDir,
+    note: &mut VmNote,
+    source: &Source<'_>,
+    spec: &JailSpec,
+    process: &Process,
+) -> Result<Qmp, StartError> {
+    let state = source.state(run);
     let write = |note: &VmNote| {
         let (note, run) = (note.clone(), run.clone());
         blocking(move || note.write_volatile(&run))
     };
     note.loading = true;
     let loaded = async {
-        let qmp = match Qmp::connect(&run.qmp(), QMP_LIMIT).await {
-            Ok(qmp) => qmp,
-            Err(error) => return Err(StartError::Launch { log: log_tail(spec), source: error }),
+        let qmp_socket = run.qmp();
+        let connected = tokio::select! {
+            connected = Qmp::connect(&qmp_socket, QMP_LIMIT) => connected,
+            () = process.ended() => return Err(StartError::Ended { log: log_tail(spec) }),
         };
-        qmp.load_state(state).await.map_err(StartError::Load)?;
+        let qmp = connected.map_err(|source| StartError::Launch { log: log_tail(spec), source })?;
+        qmp.load_state(&state).await.map_err(StartError::Load)?;
         Ok(qmp)
     };
     let (written, loaded) = tokio::join!(write(note), loaded);
     let noted = |source| StartError::Prepare { what: "the VM's note", source };
     written.map_err(noted)?;
     let qmp = loaded?;
-    note.loading = false;
+    // A VM that has its memory again is whole. A copy of the golden VM is not, until its environment runs.
+    note.loading = matches!(source, Source::Golden(_));
     write(note).await.map_err(noted)?;
     qmp.cont().await.map_err(StartError::Load)?;
     Ok(qmp)
@@ -486,6 +534,7 @@ async fn connect_agent(run: &RunDir, qmp: &Qmp, process: &Process) -> Result<Age
 
 fn log_tail(spec: &JailSpec) -> String {
     match std::fs::read_to_string(spec.log_path()) {
+        Ok(log) if log.trim().is_empty() => "(empty)".to_owned(),
         Ok(log) => log.lines().rev().take(10).collect::<Vec<_>>().into_iter().rev().collect::<Vec<_>>().join("\n"),
         Err(error) => format!("(no log: {error})"),
     }
@@ -494,4 +543,22 @@ fn log_tail(spec: &JailSpec) -> String {
 /// Runs file operations off the async threads.
 pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send + 'static) -> io::Result<T> {
     tokio::task::spawn_blocking(work).await.map_err(io::Error::other)?
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_file_is_taken_out_of_qemus_folder() {
+        let folder = tempfile::tempdir().unwrap();
+        let run = RunDir { folder: folder.path().join("run"), memory: folder.path().join("memory") };
+        std::fs::create_dir_all(run.qemu()).unwrap();
+        std::os::unix::fs::symlink("/etc/shadow", run.unfinished_state()).unwrap();
+        assert_eq!(run.keep_state().unwrap_err().kind(), io::ErrorKind::InvalidData);
+        assert!(!run.state().exists());
+        std::fs::write(run.unfinished_state(), "state").unwrap();
+        run.keep_state().unwrap();
+        assert_eq!(std::fs::read(run.state()).unwrap(), b"state");
+    }
 }

@@ -28,10 +28,10 @@ use crate::{
     pid::Process,
     pool,
     process::{Plan, RunDir, StartError, VmNote, VmProcess, blocking},
-    resources::Resources,
+    resources::{Resources, Slot},
     vm::{
         Settled,
-        change::{Image, Parts, chain},
+        change::{Image, Parts, chain, mend_environment},
     },
 };
 
@@ -55,13 +55,21 @@ pub enum RecoverError {
     Notes(#[source] io::Error),
 }
 
+/// What this host wrote down of its VMs. While it lives nobody else gets their slots: a VM that is started in the slot of a living one takes its
+/// network away.
+pub(crate) struct Noted {
+    notes: BTreeMap<SpriteId, VmNote>,
+    slots: BTreeMap<SpriteId, Slot>,
+}
+
 /// Takes up everything this host has. Sprites that cannot be taken up are logged and left alone. `progress` is told what was lost.
 pub(crate) async fn recover(
     resources: &Arc<Resources>,
     host: &Host,
+    noted: Noted,
     progress: impl Fn(&str) + Send + Sync,
 ) -> Result<(), RecoverError> {
-    let mut notes = read_notes(resources).map_err(RecoverError::Notes)?;
+    let Noted { mut notes, mut slots } = noted;
     let records = read_records(resources).await?;
     end_strays(resources, &notes).await;
     let mut live = BTreeSet::new();
@@ -82,11 +90,11 @@ pub(crate) async fn recover(
         tracing::warn!(error = chain(&error), "cannot remove networks that no sprite uses");
     }
     let taken_up = records.into_iter().map(|record| {
-        let note = notes.remove(&record.id);
+        let (note, slot) = (notes.remove(&record.id), slots.remove(&record.id));
         let progress = &progress;
         async move {
             let name = record.name.to_string();
-            if let Some(lost) = take_up(resources, host, record, note).await {
+            if let Some(lost) = take_up(resources, host, record, note, slot).await {
                 progress(&format!("{NOTICE}{name}: {lost}"));
             }
         }
@@ -95,7 +103,15 @@ pub(crate) async fn recover(
     Ok(())
 }
 
-fn read_notes(resources: &Resources) -> io::Result<BTreeMap<SpriteId, VmNote>> {
+/// Reads the notes and takes the slots of the VMs in them.
+pub(crate) fn read_notes(resources: &Resources) -> Result<Noted, RecoverError> {
+    let notes = all_notes(resources).map_err(RecoverError::Notes)?;
+    let living = notes.values().filter(|note| note.process.is_some());
+    let slots = living.filter_map(|note| Some((note.sprite, resources.slots.take_number(note.slot)?))).collect();
+    Ok(Noted { notes, slots })
+}
+
+fn all_notes(resources: &Resources) -> io::Result<BTreeMap<SpriteId, VmNote>> {
     let folder = resources.vms_folder();
     std::fs::create_dir_all(&folder)?;
     let mut notes = BTreeMap::new();
@@ -120,8 +136,15 @@ async fn read_records(resources: &Resources) -> Result<Vec<SpriteRecord>, Recove
         .filter_map(|entry| entry.key.strip_prefix("v1/sprites/")?.strip_suffix("/rec")?.parse().ok())
         .collect();
     let reads = ids.into_iter().map(|id| async move {
-        let record = bucket.read_record::<SpriteRecord>(&record_key(id)).await;
-        record.map_err(|source| RecoverError::Record { id, source })
+        match bucket.read_record::<SpriteRecord>(&record_key(id)).await {
+            Ok(record) => Ok(record),
+            // Of this one sprite; the others must not wait for somebody to mend it.
+            Err(error @ RecordError::Malformed { .. }) => {
+                tracing::error!(sprite = %id, error = chain(&error), "its record is not readable; left alone");
+                Ok(None)
+            }
+            Err(source) => Err(RecoverError::Record { id, source }),
+        }
     });
     let read: Vec<_> = stream::iter(reads).buffer_unordered(PARALLEL).collect().await;
     let mut records = Vec::with_capacity(read.len());
@@ -165,13 +188,21 @@ fn our_qemus(data: &[u8]) -> io::Result<Vec<i32>> {
         // It may end at any time.
         let Ok(status) = entry.metadata() else { continue };
         if Resources::is_vm_uid(status.uid())
-            && std::fs::read(entry.path().join("cmdline"))
-                .is_ok_and(|line| line.windows(data.len()).any(|part| part == data))
+            && std::fs::read(entry.path().join("cmdline")).is_ok_and(|line| names_path_below(&line, data))
         {
             found.push(pid);
         }
     }
     Ok(found)
+}
+
+/// Whether a command line has a path below `folder`. `/srv/a` is not below `/tmp/srv`, nor `/srv-2/a` below `/srv`.
+fn names_path_below(command_line: &[u8], folder: &[u8]) -> bool {
+    let in_path = |byte: &u8| byte.is_ascii_alphanumeric() || b"/._-+".contains(byte);
+    command_line.windows(folder.len() + 1).enumerate().any(|(at, part)| {
+        part.strip_suffix(b"/") == Some(folder)
+            && !at.checked_sub(1).is_some_and(|before| in_path(&command_line[before]))
+    })
 }
 
 async fn free_anonymous(resources: &Resources, note: VmNote) {
@@ -216,6 +247,7 @@ async fn take_up(
     host: &Host,
     record: SpriteRecord,
     note: Option<VmNote>,
+    slot: Option<Slot>,
 ) -> Option<String> {
     let id = record.id;
     let mut parts = Parts { id, size: record.size, record: Some(record), process: None, volume: None, image: None };
@@ -248,7 +280,7 @@ async fn take_up(
         return None;
     }
     let found = match open_disk(resources, &mut parts).await {
-        Ok(()) => take_up_vm(resources, &mut parts, note).await,
+        Ok(()) => take_up_vm(resources, &mut parts, note, slot).await,
         Err(reason) => {
             // Without its disk it stands still, and would find the disk server of the VM that comes after it.
             if let Some(Err(error)) = OptionFuture::from(note.as_ref().map(end_noted)).await {
@@ -282,10 +314,10 @@ async fn open_disk(resources: &Resources, parts: &mut Parts) -> Result<(), Strin
     }
 }
 
-async fn take_up_vm(resources: &Resources, parts: &mut Parts, note: Option<VmNote>) -> Found {
+async fn take_up_vm(resources: &Resources, parts: &mut Parts, note: Option<VmNote>, slot: Option<Slot>) -> Found {
     let run = resources.run_dir(parts.id);
     if let Some(note) = note.as_ref().filter(|note| note.process.is_some()) {
-        return take_up_process(resources, parts, note.clone()).await;
+        return take_up_process(resources, parts, note.clone(), slot).await;
     }
     if let Some(note) = note.as_ref().filter(|note| note.suspended_lsn.is_some() && image_is_whole(&run)) {
         parts.image = Some(Image::Local(note.clone()));
@@ -308,9 +340,8 @@ fn image_is_whole(run: &RunDir) -> bool {
     run.state().exists() && (run.memory.exists() || run.memory_on_disk().exists())
 }
 
-async fn take_up_process(resources: &Resources, parts: &mut Parts, note: VmNote) -> Found {
+async fn take_up_process(resources: &Resources, parts: &mut Parts, note: VmNote, slot: Option<Slot>) -> Found {
     let run = resources.run_dir(parts.id);
-    let slot = resources.slots.take_number(note.slot);
     let (Some(slot), Some(volume)) = (slot, parts.volume.clone()) else {
         return match end_noted(&note).await {
             Ok(()) => Found::lost("another VM has its network, so it was ended; its disk is whole".into()),
@@ -321,6 +352,9 @@ async fn take_up_process(resources: &Resources, parts: &mut Parts, note: VmNote)
     };
     let error = match VmProcess::adopt(resources, run.clone(), Plan { note, slot, volume }).await {
         Ok((process, paused)) => {
+            if !paused && let Err(error) = mend_environment(&process, parts.record.as_ref()).await {
+                tracing::error!(sprite = %parts.id, error = chain(&error), "its environment does not start");
+            }
             parts.process = Some(process);
             let settled = if paused { Settled::Paused } else { Settled::Running };
             return Found::whole(settled, "went on while the node agent was restarted");
@@ -338,4 +372,19 @@ async fn take_up_process(resources: &Resources, parts: &mut Parts, note: VmNote)
         tracing::warn!(sprite = %parts.id, %error, "cannot remove what is left of its VM");
     }
     Found::lost(format!("its VM was lost ({}); its disk is whole to the last fsync", chain(&error)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_paths_below_the_data_folder_are_ours() {
+        let ours = |line: &str| names_path_below(line.as_bytes(), b"/var/lib/sprites/node");
+        assert!(ours("qemu\0-qmp\0unix:/var/lib/sprites/node/vms/x/qmp.sock,server=on"));
+        assert!(ours("qemu\0/var/lib/sprites/node/vms"));
+        assert!(!ours("qemu\0unix:/tmp/x/var/lib/sprites/node/vms/x/qmp.sock"));
+        assert!(!ours("qemu\0unix:/var/lib/sprites/node-2/vms/x/qmp.sock"));
+        assert!(!ours(""));
+    }
 }

@@ -26,6 +26,9 @@ use crate::{
 pub const SLOTS: u32 = 4096;
 /// Threads of one QEMU: vCPUs, I/O workers, one for each device at most.
 const QEMU_TASKS_MAX: u32 = 256;
+/// What has to be free where the memory of VMs lies, for one more: about what a fresh VM touches. A QEMU that finds no page there is killed (SIGBUS),
+/// and containers often have a `/dev/shm` of 64 MiB.
+pub const MEMORY_FOLDER_FREE_MIB_MIN: u64 = 256;
 /// First user id of the VMs; above what distributions and `adduser` give out.
 const UID_BASE: u32 = 1_500_000;
 
@@ -79,7 +82,7 @@ impl Resources {
         (UID_BASE..UID_BASE + SLOTS).contains(&uid)
     }
 
-    /// How a VM is locked up: it sees its own folder and memory, the golden snapshots and the kernel, nothing else.
+    /// How a VM is locked up: it sees its own folder (and may write in QEMU's part of it) and memory, the golden snapshots and the kernel, nothing else.
     pub fn jail_spec(&self, run: &RunDir, slot: u32, args: Vec<String>, net: &SpriteNet, tap: RawFd) -> JailSpec {
         let uid = self.uid(slot);
         JailSpec {
@@ -106,6 +109,18 @@ impl Resources {
     /// Whether the host has room for one more VM.
     pub fn has_room(&self) -> bool {
         self.free_memory_bytes() >= self.config.memory_reserve_bytes
+            && self.memory_folder_free_mib() >= MEMORY_FOLDER_FREE_MIB_MIN
+    }
+
+    /// What the file system with the memory of VMs could still hold. One that does not say is taken for large enough.
+    pub fn memory_folder_free_mib(&self) -> u64 {
+        match nix::sys::statvfs::statvfs(&self.config.memory) {
+            Ok(fs) => (fs.blocks_available() * fs.fragment_size()) >> 20,
+            Err(error) => {
+                tracing::warn!(%error, folder = %self.config.memory.display(), "cannot read the free space; VMs are started all the same");
+                u64::MAX
+            }
+        }
     }
 
     /// What the kernel says could still be used without swapping.

@@ -18,7 +18,9 @@
 //! 1. At most one change is under way; while it is, wishes are remembered, not acted on.
 //! 2. A sprite that is in use ends up running, or failed with a reason; it is never put to sleep by the idle policy.
 //! 3. `Destroyed` is final.
-//! 4. An explicit order to sleep holds until the next request; the idle policy never wakes anything, but may let it sleep deeper.
+//! 4. An order to sleep is carried out before any request is served: one that comes on the way down is held, and wakes the sprite from where the order
+//!    ends. From then on the order holds until the next request; the idle policy never wakes anything, but may let it sleep deeper.
+//! 5. An order whose change failed is over: whoever gave it is told, and nothing tries again by itself.
 
 #![warn(clippy::wildcard_enum_match_arm)]
 
@@ -77,6 +79,31 @@ pub enum Change {
     Destroy,
 }
 
+impl Change {
+    /// Where a change to a deeper sleep ends if it succeeds.
+    fn depth(&self) -> Option<Settled> {
+        match self {
+            Self::Pause => Some(Settled::Paused),
+            Self::Suspend => Some(Settled::Suspended),
+            Self::GoCold => Some(Settled::Cold),
+            Self::Unpause | Self::Resume | Self::Boot | Self::Restore { .. } | Self::Reboot | Self::Destroy => None,
+        }
+    }
+
+    /// Whether it was to put the sprite into a deeper sleep, and ended elsewhere.
+    fn missed(&self, settled: Settled) -> bool {
+        self.depth().is_some_and(|depth| depth != settled)
+    }
+
+    /// Whether the sprite is awake if it succeeds.
+    fn wakes(&self) -> bool {
+        match self {
+            Self::Unpause | Self::Resume | Self::Boot | Self::Restore { .. } | Self::Reboot => true,
+            Self::Pause | Self::Suspend | Self::GoCold | Self::Destroy => false,
+        }
+    }
+}
+
 /// How deep to sleep.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Depth {
@@ -107,7 +134,7 @@ pub enum Event {
     Busy(bool),
     /// Something inside showed activity this moment, such as output of a detached session.
     Active,
-    /// Put to sleep by order; holds until the next `Used`.
+    /// Put to sleep by order. What is used from now on wakes it from there.
     SleepOrdered(Depth),
     RestoreOrdered {
         checkpoint: String,
@@ -147,8 +174,9 @@ pub struct Vm {
     uses: u32,
     busy: bool,
     last_active: Instant,
+    /// An order that is being carried out, or holds.
     ordered: Option<Depth>,
-    /// Someone waits for the sprite to answer although it sleeps.
+    /// Someone waits for the sprite to answer.
     wanted: bool,
     job: Option<Change>,
     /// The last wake came to nothing: one that nobody waits for is not tried before.
@@ -195,6 +223,21 @@ impl Vm {
         self.uses > 0 || self.busy
     }
 
+    /// How deep it sleeps. One that failed needs as much to wake as a cold one.
+    pub fn depth(&self) -> Option<Depth> {
+        match self.state {
+            State::Creating | State::Running | State::Changing(_) => None,
+            State::Paused => Some(Depth::Paused),
+            State::Suspended => Some(Depth::Suspended),
+            State::Cold | State::Failed | State::Destroyed => Some(Depth::Cold),
+        }
+    }
+
+    /// The order that is still to be carried out.
+    fn pending_order(&self) -> Option<Depth> {
+        self.ordered.filter(|depth| self.depth() < Some(*depth))
+    }
+
     /// Applies one event and returns the change to perform now, if any. `Refused` means that nothing changed.
     pub fn step(&mut self, event: Event, now: Instant) -> Result<Option<Change>, Refused> {
         if self.state == State::Destroyed {
@@ -223,7 +266,9 @@ impl Vm {
             Event::Used => {
                 self.uses += 1;
                 self.wanted = self.state != State::Running;
-                self.ordered = None;
+                if self.pending_order().is_none() {
+                    self.ordered = None;
+                }
                 self.last_active = now;
             }
             Event::Released => {
@@ -237,10 +282,8 @@ impl Vm {
                 self.busy = busy;
             }
             Event::Active => self.last_active = now,
-            Event::SleepOrdered(depth) => {
-                self.ordered = Some(depth);
-                self.wanted = false;
-            }
+            // A deeper sleep fulfils the order for a lighter one as well.
+            Event::SleepOrdered(depth) => self.ordered = self.pending_order().max(Some(depth)),
             Event::RestoreOrdered { checkpoint } => self.take_job(Change::Restore { checkpoint })?,
             Event::RebootOrdered => self.take_job(Change::Reboot)?,
             Event::DestroyOrdered => self.destroy = true,
@@ -264,28 +307,35 @@ impl Vm {
     }
 
     fn settle(&mut self, settled: Settled, now: Instant) -> Result<(), Refused> {
-        let was_wake = match &self.state {
-            State::Changing(Change::Boot | Change::Resume | Change::Unpause) => true,
-            State::Creating | State::Changing(_) => false,
+        let ended = match &self.state {
+            State::Creating => None,
+            State::Changing(change) => Some(change.clone()),
             State::Running | State::Paused | State::Suspended | State::Cold | State::Failed | State::Destroyed => {
                 return Err(Refused::NothingUnderWay);
             }
         };
+        self.enter(settled.into(), now);
         match settled {
             Settled::Running => {
-                self.wanted = false;
                 self.retry_at = None;
                 self.last_active = now;
             }
             Settled::Failed | Settled::Suspended | Settled::Cold | Settled::Destroyed => self.busy = false,
             Settled::Paused => {}
         }
+        if ended.as_ref().is_some_and(|change| change.missed(settled)) {
+            self.ordered = None;
+        }
+        // Whoever waits is answered, unless an order comes first.
+        if settled == Settled::Running && self.pending_order().is_none() {
+            self.wanted = false;
+        }
         // Whoever waited is told about the failure; only a new request tries again.
+        let was_wake = matches!(ended, Some(Change::Boot | Change::Resume | Change::Unpause));
         if settled == Settled::Failed || (was_wake && settled != Settled::Running) {
             self.wanted = false;
             self.retry_at = Some(now + ALWAYS_ON_RETRY);
         }
-        self.enter(settled.into(), now);
         Ok(())
     }
 
@@ -322,21 +372,23 @@ impl Vm {
         if let Some(job) = self.job.take() {
             return Some(job);
         }
+        match self.pending_order() {
+            Some(Depth::Paused) => return Some(Change::Pause),
+            Some(Depth::Suspended) => return Some(Change::Suspend),
+            Some(Depth::Cold) => return Some(Change::GoCold),
+            None => {}
+        }
+        if self.awake_wanted(now)
+            && let Some(wake) = self.wake()
+        {
+            self.ordered = None;
+            return Some(wake);
+        }
         let due = |deadline: Option<Instant>| deadline.is_some_and(|at| now >= at);
         match self.state {
-            State::Running => self.fall_asleep(now),
-            State::Paused if self.awake_wanted(now) => Some(Change::Unpause),
-            State::Paused => match self.ordered {
-                Some(Depth::Suspended) => Some(Change::Suspend),
-                Some(Depth::Cold) => Some(Change::GoCold),
-                Some(Depth::Paused) | None => due(self.deeper_due()).then_some(Change::Suspend),
-            },
-            State::Suspended if self.awake_wanted(now) => Some(Change::Resume),
-            State::Suspended => match self.ordered {
-                Some(Depth::Cold) => Some(Change::GoCold),
-                Some(Depth::Paused | Depth::Suspended) | None => due(self.deeper_due()).then_some(Change::GoCold),
-            },
-            State::Cold | State::Failed if self.awake_wanted(now) => Some(Change::Boot),
+            State::Running => due(self.pause_due()).then_some(Change::Pause),
+            State::Paused => due(self.deeper_due()).then_some(Change::Suspend),
+            State::Suspended => due(self.deeper_due()).then_some(Change::GoCold),
             State::Cold | State::Failed | State::Creating | State::Changing(_) | State::Destroyed => None,
         }
     }
@@ -346,15 +398,14 @@ impl Vm {
         self.wanted || (self.always_on && self.ordered.is_none() && rested)
     }
 
-    fn fall_asleep(&self, now: Instant) -> Option<Change> {
-        match self.ordered {
-            Some(Depth::Paused) => return Some(Change::Pause),
-            Some(Depth::Suspended) => return Some(Change::Suspend),
-            Some(Depth::Cold) => return Some(Change::GoCold),
-            None => {}
+    /// How it is woken from where it is.
+    fn wake(&self) -> Option<Change> {
+        match self.state {
+            State::Paused => Some(Change::Unpause),
+            State::Suspended => Some(Change::Resume),
+            State::Cold | State::Failed => Some(Change::Boot),
+            State::Creating | State::Running | State::Changing(_) | State::Destroyed => None,
         }
-        let idle_until = self.pause_due()?;
-        (now >= idle_until).then_some(Change::Pause)
     }
 
     /// When the idle policy pauses a running sprite, if nothing happens until then.

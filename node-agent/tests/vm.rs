@@ -13,6 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use blockstore::bucket::{Bucket, Record};
 use proto::{
     node::{
         CreateCheckpointRequest, CreateRequest, DescribeRequest, DestroyRequest, ReloadRequest, ResizeRequest,
@@ -84,6 +85,12 @@ impl Node {
 
     async fn status(&mut self, sprite: &Sprite) -> SpriteStatus {
         self.client.status(StatusRequest { sprite_id: sprite.id.clone() }).await.unwrap().into_inner()
+    }
+
+    async fn record(&self, sprite: &Sprite) -> (Bucket, Record<SpriteRecord>) {
+        let bucket = Bucket::open(&format!("dir:{}", self.folder.path().join("bucket").display())).await.unwrap();
+        let record = bucket.read_record(&format!("v1/sprites/{}/rec", sprite.id)).await.unwrap().unwrap();
+        (bucket, record)
     }
 
     async fn sleep(&mut self, sprite: &Sprite, to: &str) -> SleepReply {
@@ -390,7 +397,17 @@ async fn vms_outlive_a_node_agent_that_is_killed() {
     node.signal("TERM");
     std::fs::remove_dir_all(node.folder.path().join("node")).unwrap();
     std::fs::remove_dir_all(node.memory_folder()).unwrap();
+    // Meanwhile a timer of one of them has passed.
+    let (bucket, mut record) = node.record(&paused).await;
+    record.value.wake_at = vec![jiff::Timestamp::now()];
+    bucket.update_record(&record, record.value.clone()).await.unwrap();
     node.restart().await;
+    node.await_state(&paused, "running").await;
+    let begun = Instant::now();
+    while !node.record(&paused).await.1.value.wake_at.is_empty() {
+        assert!(begun.elapsed() < STEP_LIMIT, "the next start would wake it again");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
     assert_eq!(node.status(&running).await.state, "suspended", "{:?}", node.status(&running).await);
     let woken = timed("wake from the bucket", node.wake(&running)).await;
     assert_eq!(woken.resumed, "memory", "{:?}", node.status(&running).await);

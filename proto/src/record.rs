@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 
 use crate::id::{SpriteId, SpriteName};
@@ -52,9 +52,32 @@ pub struct SpriteRecord {
     pub wake_at: Vec<Timestamp>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub wake_every_ms: Option<u64>,
+    /// Timed wakes that were due until then are done, and the period counts from there; before the first of them from the sprite's birth.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub wakes_done: Option<Timestamp>,
+    /// What its maker called the create, so that a repeated one finds this sprite instead of a name that is taken.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub request_id: Option<String>,
     /// Set by destroy before anything is freed.
     #[serde(default)]
     pub deleted: bool,
+}
+
+impl SpriteRecord {
+    /// When a timer wakes it next. In the past: the wake was missed, because no host was up, and has to be made up for.
+    pub fn next_wake(&self) -> Option<Timestamp> {
+        let period = self.wake_every_ms.filter(|ms| *ms > 0).and_then(|ms| i64::try_from(ms).ok());
+        let periodic = period.and_then(|ms| {
+            self.wakes_done.unwrap_or(self.created_at).checked_add(SignedDuration::from_millis(ms)).ok()
+        });
+        self.wake_at.iter().copied().chain(periodic).min()
+    }
+
+    /// Whatever was due until `now` is done by one wake.
+    pub fn finish_wakes(&mut self, now: Timestamp) {
+        self.wake_at.retain(|at| *at > now);
+        self.wakes_done = self.wakes_done.max(Some(now));
+    }
 }
 
 /// vCPU and memory, one golden snapshot each (ruling 12).
@@ -162,5 +185,57 @@ mod tests {
         for other in [format!("v1/sprites/{id}/head"), format!("v1/sprites/{id}"), "v1/sprites/x/rec".to_owned()] {
             assert_eq!(id_of_key(&other), None, "{other}");
         }
+    }
+
+    fn at(second: i64) -> Timestamp {
+        Timestamp::from_second(1_700_000_000 + second).expect("a date")
+    }
+
+    fn record(wake_at: &[i64], every_s: Option<u64>) -> SpriteRecord {
+        SpriteRecord {
+            id: SpriteId::generate(),
+            name: "timed".parse().expect("a name"),
+            org: "local".to_owned(),
+            oid: "aaaaaa".to_owned(),
+            url: String::new(),
+            created_at: at(0),
+            updated_at: at(0),
+            size: SizeClass::M,
+            disk_bytes: DISK_BYTES_DEFAULT,
+            labels: Vec::new(),
+            environment: BTreeMap::new(),
+            url_settings: UrlSettings::default(),
+            idle: IdlePolicy::default(),
+            always_on: false,
+            wake_at: wake_at.iter().map(|second| at(*second)).collect(),
+            wake_every_ms: every_s.map(|seconds| seconds * 1000),
+            wakes_done: None,
+            request_id: None,
+            deleted: false,
+        }
+    }
+
+    #[test]
+    fn the_next_wake_is_the_soonest_of_all() {
+        assert_eq!(record(&[], None).next_wake(), None);
+        assert_eq!(record(&[30, 90], None).next_wake(), Some(at(30)));
+        assert_eq!(record(&[90], Some(60)).next_wake(), Some(at(60)));
+        assert_eq!(record(&[], Some(0)).next_wake(), None);
+    }
+
+    #[test]
+    fn wakes_that_were_missed_are_made_up_for_once() {
+        let mut missed = record(&[10, 20, 500], Some(60));
+        assert_eq!(missed.next_wake(), Some(at(10)));
+        // The host comes back at 200: two times and three periods are past.
+        missed.finish_wakes(at(200));
+        assert_eq!(missed.next_wake(), Some(at(260)));
+        missed.finish_wakes(at(260));
+        missed.finish_wakes(at(200));
+        assert_eq!((missed.next_wake(), missed.wakes_done), (Some(at(320)), Some(at(260))), "what is done stays done");
+        missed.wake_every_ms = None;
+        assert_eq!(missed.next_wake(), Some(at(500)));
+        missed.finish_wakes(at(500));
+        assert_eq!(missed.next_wake(), None);
     }
 }

@@ -78,10 +78,23 @@ fn main() -> ExitCode {
     match run(arguments.command) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("sprited: {error:#}");
+            eprintln!("sprited: {}", told(&error));
             ExitCode::FAILURE
         }
     }
+}
+
+/// An error with its causes. Those that only repeat what was said already, as HTTP clients' do several times over, are left out.
+fn told(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if text.is_empty() {
+            text = cause;
+        } else if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text
 }
 
 fn run(command: Command) -> anyhow::Result<ExitCode> {
@@ -101,4 +114,15 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
 fn serve(part: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<ExitCode> {
     tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(part)?;
     Ok(ExitCode::SUCCESS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn causes_that_repeat_what_was_said_are_left_out() {
+        let error = anyhow::anyhow!("refused").context("PUT: refused").context("PUT: refused").context("no bucket");
+        assert_eq!(told(&error), "no bucket: PUT: refused");
+    }
 }

@@ -10,7 +10,7 @@ use futures_util::future::join_all;
 use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutOptions, UpdateVersion, path::Path as StorePath};
 use uuid::Uuid;
 
-use super::{Bucket, BucketError, RecordError, TagDialect};
+use super::{Bucket, BucketError, Cause, RecordError, TagDialect};
 
 /// Writers of one race. Stores that check without a lock let most of them win.
 pub const RACERS: usize = 16;
@@ -50,7 +50,7 @@ pub enum ProbeError {
          Cloudflare R2, Ceph RGW, a current MinIO, our dev-s3, or dir:/path on one host"
     )]
     Broken { bucket: String, finding: Finding },
-    #[error("cannot reach {bucket} to test it: check endpoint, bucket name and credentials")]
+    #[error("cannot test {bucket}: check endpoint, bucket name, credentials and space")]
     Bucket {
         bucket: String,
         #[source]
@@ -192,8 +192,19 @@ impl Probe<'_> {
             Err(object_store::Error::AlreadyExists { .. }) => Ok(Raw::Refused),
             Err(error) => match stored(store.as_ref(), &path).await {
                 Some((bytes, tag)) if bytes == body => Ok(Raw::Done(tag)),
-                Some(_) => Ok(Raw::Refused),
-                None => Err(self.unreachable(BucketError::store(super::Op::Put, key, error))),
+                found => match BucketError::store(super::Op::Put, key, error) {
+                    // No answer to the condition: a full bucket is not one that breaks promises.
+                    error @ BucketError::Store { cause: Cause::NoSpace | Cause::ReadOnly, .. } => {
+                        Err(self.unreachable(error))
+                    }
+                    error => {
+                        if found.is_some() {
+                            Ok(Raw::Refused)
+                        } else {
+                            Err(self.unreachable(error))
+                        }
+                    }
+                },
             },
         }
     }

@@ -161,14 +161,23 @@ impl DiskCache {
     }
 
     fn evict(&self) {
+        if self.lock().bytes > self.bytes_max {
+            self.shrink(self.bytes_max / 100 * KEEP_PERCENT);
+        }
+    }
+
+    /// Gives half of its space back to a disk that is full.
+    pub(super) fn make_room(&self) {
+        let half = self.lock().bytes / 2;
+        self.shrink(half);
+    }
+
+    fn shrink(&self, bytes: u64) {
         let doomed = {
             let mut inner = self.lock();
-            if inner.bytes <= self.bytes_max {
-                return;
-            }
             let mut by_use: Vec<_> = inner.packs.iter().map(|(id, cached)| (cached.used, *id, cached.bytes)).collect();
             by_use.sort_unstable();
-            let mut surplus = inner.bytes.saturating_sub(self.bytes_max / 100 * KEEP_PERCENT);
+            let mut surplus = inner.bytes.saturating_sub(bytes);
             let mut doomed = Vec::new();
             for (_, id, bytes) in by_use {
                 if surplus == 0 {

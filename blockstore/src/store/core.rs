@@ -14,6 +14,8 @@ use std::{
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
+use tokio_util::task::{TaskTracker, task_tracker::TaskTrackerToken};
+
 use super::{
     extent::{ExtentMap, Value},
     frame::CHUNK_BYTES,
@@ -116,6 +118,12 @@ pub(super) struct Core {
     pub(super) active: Layer,
     pub(super) frozen: VecDeque<Arc<Frozen>>,
     pub(super) root: Option<Root>,
+    /// Who reads the tree under `root`; compaction deletes nothing under their hands.
+    readers: TaskTracker,
+    /// The same for earlier roots.
+    older_readers: Vec<TaskTracker>,
+    /// Uploads of packs that no head names yet, besides the owner's pushes.
+    pub(super) uploads: TaskTracker,
     /// Of the newest write in the active layer.
     pub(super) lsn: Lsn,
     pub(super) next_checkpoint: u32,
@@ -151,6 +159,9 @@ impl Core {
             active: Layer::default(),
             frozen: VecDeque::new(),
             root: head.root,
+            readers: TaskTracker::new(),
+            older_readers: Vec::new(),
+            uploads: TaskTracker::new(),
             lsn: head.lsn,
             next_checkpoint: head.next_checkpoint,
             current_base: head.current_base,
@@ -198,6 +209,30 @@ impl Core {
     /// Whether the bucket has everything.
     pub(super) fn is_pushed(&self) -> bool {
         self.frozen.is_empty() && self.active.map.is_empty() && self.lsn == self.head.lsn
+    }
+
+    /// Takes the root that the head has now.
+    pub(super) fn move_to(&mut self, root: Option<Root>) {
+        self.root = root;
+        let older = std::mem::take(&mut self.readers);
+        older.close();
+        self.older_readers.push(older);
+        self.older_readers.retain(|readers| !readers.is_empty());
+    }
+
+    /// The root to read from, and a token to be held while doing so.
+    pub(super) fn read_root(&self) -> (Option<Root>, TaskTrackerToken) {
+        (self.root, self.readers.token())
+    }
+
+    /// Whether anybody, a survey for one, reads a tree.
+    #[cfg(test)]
+    pub(super) fn is_read(&self) -> bool {
+        self.older_readers.iter().chain([&self.readers]).any(|readers| !readers.is_empty())
+    }
+
+    pub(super) fn older_readers(&self) -> Vec<TaskTracker> {
+        self.older_readers.clone()
     }
 
     /// Cuts `range` into parts by where they are read, in order.

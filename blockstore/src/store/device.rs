@@ -15,7 +15,7 @@ use std::{
     path::PathBuf,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicU32, AtomicU64, Ordering},
     },
     time::Instant,
 };
@@ -57,6 +57,12 @@ pub(super) struct Device {
     queue_room: Arc<Semaphore>,
     /// Held shared by changes on their way through the queue, alone by whoever needs them to stand still.
     pub(super) gate: Arc<RwLock<()>>,
+    /// A seal that waits for a read.
+    bell: Mutex<Option<Bell>>,
+    /// Length of the read that rings it; 0 without one, so that reads need no lock.
+    bell_bytes: AtomicU32,
+    /// One at a time.
+    pub(super) bell_turn: Arc<AsyncMutex<()>>,
     /// Something to push.
     pub(super) dirty: Notify,
     /// Counts up with every push, every change of the mode.
@@ -88,6 +94,13 @@ impl Done {
         // Fails only if nobody waits any more.
         drop(self.answer.send(answer));
     }
+}
+
+/// A seal that is made when the first `read_bytes` bytes of the disk are read.
+struct Bell {
+    read_bytes: u32,
+    meta: CheckpointMeta,
+    rung: oneshot::Sender<Result<KeptCheckpoint, VolumeError>>,
 }
 
 enum JobRecord {
@@ -124,6 +137,9 @@ impl Device {
             queue: Mutex::default(),
             queue_room: Arc::new(Semaphore::new(QUEUE_MAX)),
             gate: Arc::default(),
+            bell: Mutex::default(),
+            bell_bytes: AtomicU32::new(0),
+            bell_turn: Arc::default(),
             dirty: Notify::new(),
             progress: watch::Sender::new(0),
         }
@@ -162,11 +178,14 @@ impl Device {
         self.progressed();
     }
 
-    pub(super) async fn read(&self, offset: u64, len_bytes: u32) -> Result<Option<Bytes>, DeviceError> {
+    pub(super) async fn read(self: &Arc<Self>, offset: u64, len_bytes: u32) -> Result<Option<Bytes>, DeviceError> {
+        if offset == 0 && len_bytes == self.bell_bytes.load(Ordering::Acquire) {
+            self.ring(len_bytes).await;
+        }
         let range = self.checked(offset, u64::from(len_bytes))?;
-        let (parts, root, mode) = {
+        let (parts, (root, _reading), mode) = {
             let core = self.core();
-            (core.resolve(range.clone()), core.root, core.mode)
+            (core.resolve(range.clone()), core.read_root(), core.mode)
         };
         if mode == Mode::Fenced {
             return Err(DeviceError::Fenced);
@@ -326,10 +345,16 @@ impl Device {
         if self.core().mode == Mode::Poisoned {
             return Err(DeviceError::Io);
         }
-        let (appended, bytes) = {
+        let append = || {
             let mut log = self.log();
             (log.append(records), log.bytes())
         };
+        let (mut appended, mut bytes) = append();
+        if matches!(appended, Err(LogError::NoSegment(_))) {
+            // What can be fetched again makes room for what cannot.
+            self.fetcher.make_room();
+            (appended, bytes) = append();
+        }
         match appended {
             Ok(appended) => {
                 let mut core = self.core();
@@ -367,17 +392,52 @@ impl Device {
         Ok(checkpoint)
     }
 
+    /// Seals at the next read of so many bytes at the disk's begin. What comes of it is sent; nothing, if it is disarmed before.
+    pub(super) fn arm(
+        &self,
+        read_bytes: u32,
+        meta: CheckpointMeta,
+    ) -> oneshot::Receiver<Result<KeptCheckpoint, VolumeError>> {
+        let (rung, sealed) = oneshot::channel();
+        *self.bell.lock().unwrap_or_else(PoisonError::into_inner) = Some(Bell { read_bytes, meta, rung });
+        self.bell_bytes.store(read_bytes, Ordering::Release);
+        sealed
+    }
+
+    pub(super) fn disarm(&self) {
+        self.bell_bytes.store(0, Ordering::Release);
+        self.bell.lock().unwrap_or_else(PoisonError::into_inner).take();
+    }
+
+    /// The cut, before the read that asks for it is answered. Not on the local disk yet: nobody has been told.
+    async fn ring(self: &Arc<Self>, read_bytes: u32) {
+        let bell = {
+            let mut bell = self.bell.lock().unwrap_or_else(PoisonError::into_inner);
+            bell.take_if(|bell| bell.read_bytes == read_bytes)
+        };
+        let Some(Bell { meta, rung, .. }) = bell else { return };
+        self.bell_bytes.store(0, Ordering::Release);
+        let sealed = self.submit(JobRecord::Seal(meta)).await.map_err(Self::volume_error);
+        // Fails only if nobody waits any more.
+        drop(rung.send(sealed.and_then(|sealed| sealed.ok_or(VolumeError::Closed))));
+    }
+
     /// Cuts the disk here, on the local disk when it returns.
     pub(super) async fn seal(self: &Arc<Self>, meta: CheckpointMeta) -> Result<KeptCheckpoint, VolumeError> {
         let sealed = self.submit(JobRecord::Seal(meta)).await.map_err(Self::volume_error)?;
-        self.flush().await.map_err(Self::volume_error)?;
+        self.keep_sealed().await?;
         sealed.ok_or(VolumeError::Closed)
+    }
+
+    /// Sealed so far is on the local disk when it returns.
+    pub(super) async fn keep_sealed(&self) -> Result<(), VolumeError> {
+        self.flush().await.map_err(Self::volume_error)
     }
 
     fn volume_error(error: DeviceError) -> VolumeError {
         match error {
             DeviceError::Fenced => VolumeError::Fenced,
-            DeviceError::NoSpace => VolumeError::Local(std::io::ErrorKind::StorageFull.into()),
+            DeviceError::NoSpace => VolumeError::NoSpace,
             DeviceError::Io | DeviceError::Integrity | DeviceError::OutOfRange | DeviceError::ReadOnly => {
                 VolumeError::Poisoned
             }
@@ -431,9 +491,9 @@ impl Device {
 
     pub(super) async fn extents(&self, offset: u64, len_bytes: u32) -> Result<Vec<Extent>, DeviceError> {
         let range = self.checked(offset, u64::from(len_bytes))?;
-        let (parts, root) = {
+        let (parts, (root, _reading)) = {
             let core = self.core();
-            (core.resolve(range.clone()), core.root)
+            (core.resolve(range.clone()), core.read_root())
         };
         let mut extents = Vec::new();
         for (part, source) in parts {
@@ -528,6 +588,7 @@ fn device_error(error: VolumeError) -> DeviceError {
     match error {
         VolumeError::Fenced => DeviceError::Fenced,
         VolumeError::Integrity(_) => DeviceError::Integrity,
+        VolumeError::NoSpace => DeviceError::NoSpace,
         VolumeError::Closed
         | VolumeError::Poisoned
         | VolumeError::Local(_)

@@ -111,6 +111,11 @@ impl Fetcher {
         Ok(chunk)
     }
 
+    /// The frame of `leaf` as it is stored, for another place.
+    pub(super) async fn frame(&self, leaf: &Leaf) -> Result<Bytes, VolumeError> {
+        self.stored(Wanted { place: leaf.place, hash: Known::Frame(leaf.hash) }, Vec::new).await
+    }
+
     pub(super) fn page_in_ram(&self, hash: &[u8; 32]) -> Option<Arc<Page>> {
         lock(&self.pages).get(hash)
     }
@@ -136,6 +141,17 @@ impl Fetcher {
         if let Err(error) = blocking(move || cache.write(id, 0, &bytes)).await {
             tracing::debug!(?id, %error, "cannot keep a pack");
         }
+    }
+
+    /// Gives up local copies for a disk that is full. Blocking.
+    pub(super) fn make_room(&self) {
+        self.cache.make_room();
+    }
+
+    /// Forgets the local copy of a pack that is no longer in the bucket.
+    pub(super) async fn forget(&self, id: PackId) -> Result<(), VolumeError> {
+        let cache = Arc::clone(&self.cache);
+        blocking(move || cache.forget(id)).await
     }
 
     async fn stored(&self, wanted: Wanted, ahead: impl FnOnce() -> Vec<Wanted>) -> Result<Bytes, VolumeError> {

@@ -44,6 +44,9 @@ pub struct Head {
     pub(super) checkpoints: Vec<KeptCheckpoint>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) memory: Option<KeptMemory>,
+    /// Pushes since compaction last looked at the packs. Here, so that a volume which is open for a few pushes at a time has its turn as well.
+    #[serde(default)]
+    pub(super) pushes_since_survey: u32,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -186,6 +189,11 @@ impl Origin {
         }
     }
 
+    /// The folder of its packs.
+    pub(super) fn packs(self) -> String {
+        format!("{}/p", self.prefix())
+    }
+
     pub(super) fn code(self) -> (u8, [u8; 16]) {
         match self {
             Self::Volume(id) => (0, id),
@@ -204,7 +212,15 @@ impl Origin {
 
 impl PackId {
     pub(super) fn key(self) -> String {
-        format!("{}/p/{}-{}.pack", self.origin.prefix(), self.epoch, self.seq)
+        format!("{}/{}-{}.pack", self.origin.packs(), self.epoch, self.seq)
+    }
+
+    /// `None` if the object is no pack of that origin.
+    pub(super) fn from_key(origin: Origin, key: &str) -> Option<Self> {
+        let name = key.strip_prefix(&origin.packs())?.strip_prefix('/')?.strip_suffix(".pack")?;
+        let (epoch, seq) = name.split_once('-')?;
+        let pack = Self { origin, epoch: epoch.parse().ok()?, seq: seq.parse().ok()? };
+        (pack.key() == key).then_some(pack)
     }
 
     /// One file name.
@@ -280,6 +296,10 @@ mod tests {
         let volume = PackId { origin: Origin::Volume([7; 16]), epoch: 3, seq: 9 };
         assert_eq!(volume.key(), "v1/vol/07070707-0707-0707-0707-070707070707/p/3-9.pack");
         assert_ne!(volume.file_name(), pack.file_name());
+        assert_eq!(PackId::from_key(volume.origin, &volume.key()), Some(volume));
+        for key in [pack.key(), format!("{}x", volume.key()), volume.key().replace("/3-", "/03-")] {
+            assert_eq!(PackId::from_key(volume.origin, &key), None, "{key}");
+        }
     }
 
     #[test]

@@ -15,6 +15,7 @@ use std::{
     fmt,
     fs::{self, File},
     io,
+    ops::Range,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError, Weak},
 };
@@ -28,11 +29,13 @@ use tokio_util::sync::CancellationToken;
 use super::{
     base::{self, BaseId},
     cache::DiskCache,
+    compact::Compaction,
     core::{Core, Source, now_unix_ms},
     device::Device,
     fetch::{Fetcher, backoff, blocking},
     head::{Head, HeadState, KeptCheckpoint, Origin, checkpoint_id, head_key},
     journal::{Found, Log, Scan, ScanError, What, scan},
+    lost::{clean, set_aside},
     owner::{COMMANDS_MAX, Command, Owner, bury},
     pack::PackNames,
     segment::SegmentPool,
@@ -87,6 +90,7 @@ impl Store {
             for folder in ["vol", "lost"] {
                 fs::create_dir_all(local.join(folder))?;
             }
+            clean(&local.join("lost"))?;
             let cache = DiskCache::open(&local.join("cache"), bounds.cache_bytes)?;
             let pool = SegmentPool::open(&local.join("spare"), bounds.segment_bytes, bounds.spare_segments)?;
             Ok((cache, pool))
@@ -115,7 +119,20 @@ impl Store {
         digest: &str,
         progress: impl Fn(u64, u64) + Send + Sync,
     ) -> Result<BaseId, BaseError> {
-        base::ensure(&self.shared.fetcher, self.shared.limits.pack_bytes, image, digest, progress).await
+        self.ensure_filled_base(image, digest, &[], progress).await
+    }
+
+    /// The same, for measurements that need a large disk at once: where the image has no content, the disk gets some in the ranges `filled`, made of a
+    /// few frames again and again. It costs the bucket a few packs, and its manifest is that of a disk which was written so far.
+    pub async fn ensure_filled_base(
+        &self,
+        image: &Path,
+        digest: &str,
+        filled: &[Range<u64>],
+        progress: impl Fn(u64, u64) + Send + Sync,
+    ) -> Result<BaseId, BaseError> {
+        let image = base::Image { path: image, digest, filled };
+        base::ensure(&self.shared.fetcher, self.shared.limits.pack_bytes, image, progress).await
     }
 
     /// Creates a volume that begins as `base`, and opens it. Costs one small object, whatever the sizes.
@@ -137,6 +154,7 @@ impl Store {
             current_base: None,
             checkpoints: Vec::new(),
             memory: None,
+            pushes_since_survey: 0,
         };
         let lock = shared.opening(id);
         let _alone = lock.lock().await;
@@ -347,8 +365,8 @@ impl Shared {
         self.dir.join("vol").join(id.to_string())
     }
 
-    fn lost(&self, id: SpriteId, epoch: Epoch) -> PathBuf {
-        self.dir.join("lost").join(format!("{id}-{epoch}-{}", now_unix_ms()))
+    fn lost(&self) -> PathBuf {
+        self.dir.join("lost")
     }
 
     fn volume(&self, id: SpriteId) -> Option<Volume> {
@@ -381,12 +399,12 @@ impl Shared {
     async fn read_journal(&self, id: SpriteId, head: &Head) -> Result<Scan, StoreError> {
         let folder = self.folder(id);
         let (ours, pushed) = (head.is_owned_by(&self.node), head.lsn.0);
-        let (pool, lost) = (Arc::clone(&self.pool), self.lost(id, head.epoch));
+        let (pool, lost, name) = (Arc::clone(&self.pool), self.lost(), format!("{id}-{}", head.epoch));
         let journal = folder.join("journal");
         let read = blocking(move || {
             if !ours && folder.exists() {
                 let unpushed = fs::read_dir(folder.join("journal")).is_ok_and(|mut files| files.next().is_some());
-                if unpushed { fs::rename(&folder, &lost)? } else { fs::remove_dir_all(&folder)? }
+                if unpushed { set_aside(&folder, &lost, &name)? } else { fs::remove_dir_all(&folder)? }
             }
             scan(&folder.join("journal"), &pool, *id.uuid().as_bytes(), pushed)
         });
@@ -415,9 +433,10 @@ impl Shared {
             node: self.node.clone(),
             commands: orders,
             closing: closing.clone(),
-            lost: self.lost(id, epoch),
+            lost: self.lost(),
             failures: 0,
             not_before: None,
+            compaction: Compaction::new(self.limits.survey_pushes),
         };
         let task = tokio::spawn(owner.run());
         let volume = Volume::new(device, commands, closing, task, Arc::downgrade(self));

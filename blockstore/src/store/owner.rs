@@ -3,7 +3,8 @@
 //! ```text
 //!  commands (bounded) ─┐                       ┌─▶ push: packs, CAS, journal reclaimed
 //!  writes (`dirty`) ───┼─▶ one loop per volume ┼─▶ restore, resize, checkpoints, memory: CAS
-//!  timer ──────────────┘                       └─▶ release, destroy: CAS, local files removed, end
+//!  timer ──────────────┤                       └─▶ release, destroy: CAS, local files removed, end
+//!  a survey's end ─────┘                           (`compact`, beside the loop; the next push takes along what it moved)
 //! ```
 //! A push that fails is tried again for ever, with a back-off; the guest goes on meanwhile, up to its journal's quota. A head that turns out to be
 //! another epoch's ends the task: the volume is fenced, its journal set aside for salvage.
@@ -19,10 +20,12 @@ use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use super::{
+    compact::Compaction,
     core::Mode,
     device::Device,
     fetch::{backoff, blocking},
     head::{Head, HeadState, KeptCheckpoint, KeptDisk, KeptMemory, checkpoint_id},
+    lost::set_aside,
     push,
     types::{CheckpointError, Generation, Lsn, MemoryError, VolumeError},
 };
@@ -63,10 +66,11 @@ pub(super) struct Owner {
     pub(super) commands: mpsc::Receiver<Command>,
     /// Ends the task between two steps, or in the middle of one: nothing it does depends on being finished.
     pub(super) closing: CancellationToken,
-    /// Where a fenced volume's journal goes.
+    /// Where fenced volumes' journals go.
     pub(super) lost: PathBuf,
     pub(super) failures: u32,
     pub(super) not_before: Option<Instant>,
+    pub(super) compaction: Compaction,
 }
 
 impl Owner {
@@ -92,6 +96,7 @@ impl Owner {
                     }
                 }
                 () = self.device.dirty.notified() => Next::Go,
+                () = self.compaction.ended(&self.device), if self.compaction.is_under_way() => Next::Go,
             };
             if self.device.core().mode == Mode::Fenced || next == Next::End {
                 return;
@@ -183,11 +188,17 @@ impl Owner {
         {
             self.commit(|head| keep_checkpoint(head, checkpoint.clone())).await?;
         }
-        let root = push::upload(&device, &frozen, root).await?;
+        let uploaded = push::upload(&device, &frozen, root, self.compaction.moves()).await;
+        if matches!(uploaded, Err(VolumeError::Integrity(_))) {
+            self.compaction.give_up_moves();
+        }
+        let root = uploaded?;
+        let pushes_since_survey = self.compaction.count(self.record.value.pushes_since_survey);
         self.commit(|head| {
             head.root = root;
             head.lsn = frozen.lsn;
             head.cut_unix_ms = frozen.cut_unix_ms;
+            head.pushes_since_survey = pushes_since_survey;
             if head.memory.as_ref().is_some_and(|memory| memory.lsn != head.lsn) {
                 head.memory = None;
             }
@@ -200,9 +211,11 @@ impl Owner {
         .await?;
         {
             let mut core = device.core();
-            core.root = root;
+            core.move_to(root);
             core.frozen.pop_front();
         }
+        self.compaction.pushed();
+        self.compaction.begin_if_due(&device, &self.record.value);
         self.reclaim(frozen.lsn).await
     }
 
@@ -301,10 +314,8 @@ impl Owner {
         tracing::error!(volume = %device.id, unpushed = device.core().status().unpushed_bytes, "another host owns the volume");
         device.set_mode(Mode::Fenced);
         let (folder, lost) = (device.folder.clone(), self.lost.clone());
-        let moved = blocking(move || {
-            std::fs::create_dir_all(lost.parent().unwrap_or(&lost))?;
-            if folder.exists() { std::fs::rename(&folder, &lost) } else { Ok(()) }
-        });
+        let name = format!("{}-{}", device.id, self.record.value.epoch);
+        let moved = blocking(move || if folder.exists() { set_aside(&folder, &lost, &name) } else { Ok(()) });
         if let Ok(Err(error)) = moved.await {
             tracing::warn!(volume = %device.id, %error, "cannot set the journal aside");
         }
@@ -355,7 +366,7 @@ impl Owner {
             let mut core = device.core();
             core.active = Default::default();
             core.frozen.clear();
-            core.root = kept.root;
+            core.move_to(kept.root);
             core.lsn = lsn;
             core.size_bytes = size_bytes;
             core.current_base = Some(number);
@@ -444,6 +455,7 @@ impl Owner {
     async fn destroy(&mut self) -> Result<(), VolumeError> {
         self.device.set_mode(Mode::Fenced);
         self.commit(bury).await?;
+        self.compaction.stop().await;
         self.remove_folder().await;
         Ok(())
     }

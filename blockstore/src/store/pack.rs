@@ -18,7 +18,6 @@ use tokio::task::JoinSet;
 
 use super::{
     fetch::Fetcher,
-    frame::Frame,
     head::{Origin, PackId, Place},
     types::VolumeError,
 };
@@ -101,6 +100,11 @@ impl PackNames {
         Self { origin, epoch, next: Arc::default() }
     }
 
+    /// Packs named from now on have this number or a higher one.
+    pub(super) fn mark(&self) -> u32 {
+        self.next.load(Ordering::Relaxed)
+    }
+
     fn next(&self) -> PackId {
         PackId { origin: self.origin, epoch: self.epoch, seq: self.next.fetch_add(1, Ordering::Relaxed) }
     }
@@ -120,8 +124,8 @@ impl PackWriter {
         Self { fetcher, names, pack_bytes, builder: None, uploads: JoinSet::new() }
     }
 
-    pub(super) async fn add_frame(&mut self, chunk: u64, frame: &Frame) -> Result<Place, VolumeError> {
-        self.add(Item::Chunk(chunk), &frame.bytes).await
+    pub(super) async fn add_frame(&mut self, chunk: u64, stored: &[u8]) -> Result<Place, VolumeError> {
+        self.add(Item::Chunk(chunk), stored).await
     }
 
     pub(super) async fn add_page(&mut self, level: u8, bytes: &[u8]) -> Result<Place, VolumeError> {

@@ -6,20 +6,21 @@
 //!          ─▶ changed pages into the last packs ─▶ all uploaded ─▶ root
 //! ```
 
-use std::{ops::Range, os::unix::fs::FileExt, sync::Arc};
+use std::{collections::HashSet, ops::Range, os::unix::fs::FileExt, sync::Arc};
 
 use bytes::Bytes;
 use futures_util::{StreamExt, TryStreamExt, stream};
 
 use super::{
+    compact::Moves,
     core::{Frozen, Source},
     device::Device,
     extent::ExtentMap,
     fetch::{Fetcher, blocking},
     frame::{CHUNK_BYTES, Frame, FrameKind, Sealer},
-    head::Root,
+    head::{PackId, Root},
     pack::PackWriter,
-    tree::{self, Edit, Entry},
+    tree::{self, Change, Edit, Entry},
     types::VolumeError,
 };
 
@@ -57,7 +58,7 @@ fn plan(map: &ExtentMap<Source>) -> (Vec<Patch>, Vec<Edit>) {
             let chunk = at / CHUNK_BYTES;
             let whole = at.is_multiple_of(CHUNK_BYTES).then_some(range.end / CHUNK_BYTES).filter(|end| *end > chunk);
             if let (Source::Hole, Some(end)) = (source, whole) {
-                gone.push(Edit { chunks: chunk..end, entry: None });
+                gone.push(Edit { chunks: chunk..end, change: Change::Clear });
                 at = end * CHUNK_BYTES;
                 continue;
             }
@@ -74,8 +75,13 @@ fn plan(map: &ExtentMap<Source>) -> (Vec<Patch>, Vec<Edit>) {
     (patches, gone)
 }
 
-/// Uploads what `frozen` changes of the tree under `root`. Returns the new root when all of it is in the bucket.
-pub(super) async fn upload(device: &Device, frozen: &Frozen, root: Option<Root>) -> Result<Option<Root>, VolumeError> {
+/// Uploads what `frozen` changes of the tree under `root`, and takes along what compaction has moved. Returns the new root when all of it is in the bucket.
+pub(super) async fn upload(
+    device: &Device,
+    frozen: &Frozen,
+    root: Option<Root>,
+    moves: Option<&Moves>,
+) -> Result<Option<Root>, VolumeError> {
     let (patches, mut edits) = plan(&frozen.layer.map);
     let mut packs = PackWriter::new(Arc::clone(&device.fetcher), device.names.clone(), device.limits.pack_bytes);
     let groups = groups(patches).map(|group| seal_group(&device.fetcher, root, group));
@@ -85,7 +91,15 @@ pub(super) async fn upload(device: &Device, frozen: &Frozen, root: Option<Root>)
             edits.push(edit(&mut packs, chunk, &frame, false).await?);
         }
     }
-    finish(&device.fetcher, packs, root, edits).await
+    let Some(Moves { edits: moved, leaving }) = moves else {
+        return finish(&device.fetcher, packs, root, edits).await;
+    };
+    edits.sort_unstable_by_key(|edit| edit.chunks.start);
+    // What is new anyway need not be moved.
+    let as_before: Vec<_> =
+        moved.iter().filter(|edit| tree::overlapping(&edits, edit.chunks.clone()).is_empty()).cloned().collect();
+    edits.extend(as_before);
+    finish_leaving(&device.fetcher, packs, root, edits, leaving).await
 }
 
 fn groups(patches: Vec<Patch>) -> impl Iterator<Item = Vec<Patch>> {
@@ -105,21 +119,31 @@ pub(super) async fn edit(
 ) -> Result<Edit, VolumeError> {
     let chunks = chunk..chunk + 1;
     if frame.kind == FrameKind::Zero && !keep_zeros {
-        return Ok(Edit { chunks, entry: None });
+        return Ok(Edit { chunks, change: Change::Clear });
     }
-    let place = packs.add_frame(chunk, frame).await?;
-    Ok(Edit { chunks, entry: Some(Entry { kind: frame.kind, place, hash: frame.hash }) })
+    let place = packs.add_frame(chunk, &frame.bytes).await?;
+    Ok(Edit { chunks, change: Change::Set(Entry { kind: frame.kind, place, hash: frame.hash }) })
 }
 
 /// Writes the pages and waits for all packs.
 pub(super) async fn finish(
     fetcher: &Fetcher,
+    packs: PackWriter,
+    root: Option<Root>,
+    edits: Vec<Edit>,
+) -> Result<Option<Root>, VolumeError> {
+    finish_leaving(fetcher, packs, root, edits, &HashSet::new()).await
+}
+
+async fn finish_leaving(
+    fetcher: &Fetcher,
     mut packs: PackWriter,
     root: Option<Root>,
     mut edits: Vec<Edit>,
+    leaving: &HashSet<PackId>,
 ) -> Result<Option<Root>, VolumeError> {
     edits.sort_unstable_by_key(|edit| edit.chunks.start);
-    let root = tree::update(fetcher, &mut packs, root, &edits).await?;
+    let root = tree::update(fetcher, &mut packs, root, &edits, leaving).await?;
     packs.finish().await?;
     Ok(root)
 }

@@ -1,6 +1,7 @@
 //! The engine against models and faults. Each volume is small; the bucket is in memory, behind a wrapper that fails on demand.
 
 mod bad_s3;
+mod compaction;
 mod faults;
 mod model;
 mod recovery;
@@ -38,6 +39,7 @@ fn small_limits() -> Limits {
         push_age: Duration::from_secs(3600),
         delay_age: Duration::from_secs(3600),
         pack_bytes: 128 << 10,
+        survey_pushes: 3,
         cache_bytes: 8 << 20,
         chunks_in_ram: 4,
         pages_in_ram: 16,

@@ -1,6 +1,6 @@
 //! The manifest: a tree of pages from chunk numbers to frames. Persistent: an update writes new pages along its paths and shares all others.
 
-use std::{ops::Range, sync::Arc};
+use std::{collections::HashSet, ops::Range, sync::Arc};
 
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
@@ -8,7 +8,7 @@ use futures_util::future::BoxFuture;
 use super::{
     fetch::Fetcher,
     frame::{CHUNK_BYTES, FrameHash, FrameKind},
-    head::{Place, Root},
+    head::{PackId, Place, Root},
     pack::PackWriter,
     page::{Child, Leaf, Page, ROOT_LEVEL, SLOTS},
     types::VolumeError,
@@ -22,9 +22,22 @@ const LEAF_PAGES_MAX: usize = 64;
 /// A change of the tree.
 #[derive(Clone, Debug)]
 pub(super) struct Edit {
-    /// One chunk with an entry, or any number without.
+    /// One chunk, unless they are cleared.
     pub(super) chunks: Range<u64>,
-    pub(super) entry: Option<Entry>,
+    pub(super) change: Change,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Change {
+    Set(Entry),
+    Clear,
+    /// The same stored bytes are elsewhere now, unless the entry has changed meanwhile.
+    Move {
+        from: Place,
+        to: Place,
+    },
+    /// Nothing. Its pages are looked at, whether they have to leave their packs.
+    Keep,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -123,31 +136,39 @@ pub(super) async fn entries(
                     leaves.iter().enumerate().map(|(i, leaf)| (first + u64::from(leaf.slot), Arc::clone(&page), i)),
                 );
             }
-            Page::Children { level, children } => {
-                stack.extend(
-                    children
-                        .iter()
-                        .rev()
-                        .map(|child| (child.place, child.hash, first + u64::from(child.slot) * span(*level))),
-                );
+            Page::Children { .. } => {
+                let from = stack.len();
+                stack.extend(below(&page, first));
+                stack[from..].reverse();
             }
         }
     }
     Ok(all)
 }
 
-/// Applies `edits`, in order and without overlaps, to the tree under `root`. New pages go to `packs`.
+/// The pages that `page` names, with the first chunk of each, if `page` itself begins with the chunk `first`.
+pub(super) fn below(page: &Page, first: u64) -> impl Iterator<Item = (Place, [u8; 32], u64)> {
+    let (level, children) = match page {
+        Page::Leaves(_) => (0, [].as_slice()),
+        Page::Children { level, children } => (*level, children.as_slice()),
+    };
+    children.iter().map(move |child| (child.place, child.hash, first + u64::from(child.slot) * span(level)))
+}
+
+/// Applies `edits`, in order and without overlaps, to the tree under `root`. New pages go to `packs`, and so do pages on the way that lie in the packs
+/// `leaving`.
 pub(super) async fn update(
     fetcher: &Fetcher,
     packs: &mut PackWriter,
     root: Option<Root>,
     edits: &[Edit],
+    leaving: &HashSet<PackId>,
 ) -> Result<Option<Root>, VolumeError> {
     if edits.is_empty() {
         return Ok(root);
     }
     let old = root.map(|root| Child { slot: 0, place: root.place, hash: root.hash, chunks: 0 });
-    let mut update = Update { fetcher, packs };
+    let mut update = Update { fetcher, packs, leaving };
     let new = update.page(ROOT_LEVEL, 0, old, edits).await?;
     Ok(new.map(|(child, chunks)| Root { place: child.place, hash: child.hash, chunks }))
 }
@@ -155,6 +176,7 @@ pub(super) async fn update(
 struct Update<'a> {
     fetcher: &'a Fetcher,
     packs: &'a mut PackWriter,
+    leaving: &'a HashSet<PackId>,
 }
 
 /// A written page as its parent names it, and the chunks below.
@@ -185,6 +207,7 @@ impl Update<'_> {
             }
             if let (Some(before), Some(child)) = (&before, old)
                 && **before == after
+                && !self.leaving.contains(&child.place.pack)
             {
                 return Ok(Some((child, chunks)));
             }
@@ -214,9 +237,11 @@ impl Update<'_> {
                 children.extend(old);
                 continue;
             }
-            let gone =
-                |edit: &Edit| edit.entry.is_none() && edit.chunks.start <= start && edit.chunks.end >= start + width;
-            if touching.iter().any(gone) || (old.is_none() && touching.iter().all(|edit| edit.entry.is_none())) {
+            let sets = |edit: &Edit| matches!(edit.change, Change::Set(_));
+            let gone = |edit: &Edit| {
+                matches!(edit.change, Change::Clear) && edit.chunks.start <= start && edit.chunks.end >= start + width
+            };
+            if touching.iter().any(gone) || (old.is_none() && !touching.iter().any(sets)) {
                 continue;
             }
             if let Some((child, chunks)) = self.page(level - 1, start, old, touching).await? {
@@ -228,7 +253,8 @@ impl Update<'_> {
     }
 }
 
-fn overlapping(edits: &[Edit], range: Range<u64>) -> &[Edit] {
+/// The edits, of some in order, that touch `range`.
+pub(super) fn overlapping(edits: &[Edit], range: Range<u64>) -> &[Edit] {
     let from = edits.partition_point(|edit| edit.chunks.end <= range.start);
     let to = edits.partition_point(|edit| edit.chunks.start < range.end);
     &edits[from..to.max(from)]
@@ -240,9 +266,18 @@ fn edit_leaves(before: Option<&Page>, first: u64, edits: &[Edit]) -> Page {
         Some(Page::Children { .. }) | None => Vec::new(),
     };
     for edit in edits {
-        leaves.retain(|leaf| !edit.chunks.contains(&(first + u64::from(leaf.slot))));
-        if let Some(Entry { kind, place, hash }) = edit.entry {
-            leaves.push(Leaf { slot: slot_of(edit.chunks.start, 0), kind, place, hash });
+        let touched = |leaf: &Leaf| edit.chunks.contains(&(first + u64::from(leaf.slot)));
+        match edit.change {
+            Change::Set(Entry { kind, place, hash }) => {
+                leaves.retain(|leaf| !touched(leaf));
+                leaves.push(Leaf { slot: slot_of(edit.chunks.start, 0), kind, place, hash });
+            }
+            Change::Clear => leaves.retain(|leaf| !touched(leaf)),
+            Change::Move { from, to } => {
+                let moved = leaves.iter_mut().filter(|leaf| touched(leaf) && leaf.place == from);
+                moved.for_each(|leaf| leaf.place = to);
+            }
+            Change::Keep => {}
         }
     }
     leaves.sort_unstable_by_key(|leaf| leaf.slot);

@@ -50,6 +50,8 @@ pub struct Limits {
     pub delay_age: Duration,
     /// Packs end at about this size.
     pub pack_bytes: usize,
+    /// Pushes until compaction looks at the packs of a volume again.
+    pub survey_pushes: u32,
     /// Frames on the local disk.
     pub cache_bytes: u64,
     /// Chunks in RAM, of all volumes.
@@ -70,6 +72,7 @@ impl Default for Limits {
             push_age: Duration::from_millis(1500),
             delay_age: Duration::from_secs(4),
             pack_bytes: 16 << 20,
+            survey_pushes: 64,
             cache_bytes: 20 << 30,
             chunks_in_ram: 1024,
             pages_in_ram: 8192,
@@ -143,6 +146,10 @@ pub enum VolumeError {
     Closed,
     #[error("the local disk failed under the volume's journal; the volume takes no more writes")]
     Poisoned,
+    #[error(
+        "no space is left for the volume's journal: free some on the host's disk, and see that the bucket takes what is pushed"
+    )]
+    NoSpace,
     #[error("cannot read or write local files of the volume")]
     Local(#[source] io::Error),
     #[error("the bucket does not take the volume's changes; check that it is up")]

@@ -9,7 +9,7 @@ use std::{
 use bytes::Bytes;
 use proto::id::SpriteId;
 use tokio::{
-    sync::{mpsc, oneshot},
+    sync::{OwnedMutexGuard, mpsc, oneshot},
     task::JoinHandle,
 };
 use tokio_util::sync::CancellationToken;
@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     core::{LAYERS_MAX, Mode},
     device::Device,
-    head::{CHECKPOINTS_MAX, COMMENT_BYTES_MAX, KeptMemory, checkpoint_id, checkpoint_number},
+    head::{CHECKPOINTS_MAX, COMMENT_BYTES_MAX, KeptCheckpoint, KeptMemory, checkpoint_id, checkpoint_number},
     memory,
     open::Shared,
     owner::Command,
@@ -28,6 +28,10 @@ use super::{
     },
 };
 use crate::nbd::{DeviceError, Extent};
+
+const SECTOR_BYTES: u32 = 512;
+/// The read that asks for a seal is shorter than so many sectors: one chunk, which is near at hand.
+const BELL_SECTORS: u32 = 128;
 
 /// An open volume of this host. Clones share it.
 #[derive(Clone)]
@@ -92,6 +96,29 @@ impl Volume {
     /// Keeps the disk as it is now, under a new number: in the local journal when it returns, in the bucket some time later
     /// ([`wait_durable`](Self::wait_durable)). The cost does not depend on the size of the disk or of the changes.
     pub async fn seal_checkpoint(&self, meta: CheckpointMeta) -> Result<Checkpoint, CheckpointError> {
+        self.room_for(&meta).await?;
+        let sealed = self.device().seal(meta).await?;
+        Ok(self.listed(&sealed))
+    }
+
+    /// Keeps the disk as it is when the guest next reads the first [`SealOnRead::read_bytes`] bytes of it: the shortest way for a guest whose file
+    /// system stands still to say "now". One at a time; another call waits for its turn.
+    pub async fn seal_on_read(&self, meta: CheckpointMeta) -> Result<SealOnRead, CheckpointError> {
+        let turn = Arc::clone(&self.device().bell_turn).lock_owned().await;
+        self.room_for(&meta).await?;
+        // A length by chance: no other reader hits it but by the same.
+        let read_bytes = rand::Rng::random_range(&mut rand::rng(), 1..BELL_SECTORS) * SECTOR_BYTES;
+        let sealed = self.device().arm(read_bytes, meta);
+        Ok(SealOnRead { volume: self.clone(), read_bytes, sealed, _turn: turn })
+    }
+
+    fn listed(&self, sealed: &KeptCheckpoint) -> Checkpoint {
+        let id = checkpoint_id(sealed.number);
+        let listed = self.device().core().checkpoints().into_iter().find(|known| known.id == id);
+        listed.unwrap_or_else(|| sealed.shown(None))
+    }
+
+    async fn room_for(&self, meta: &CheckpointMeta) -> Result<(), CheckpointError> {
         let len = meta.comment.len();
         if len > COMMENT_BYTES_MAX {
             return Err(CheckpointError::CommentTooLong { len, max: COMMENT_BYTES_MAX });
@@ -99,11 +126,7 @@ impl Volume {
         if self.device().core().checkpoints().len() >= CHECKPOINTS_MAX {
             return Err(CheckpointError::TooMany { max: CHECKPOINTS_MAX });
         }
-        self.until(|device| (device.core().frozen.len() < LAYERS_MAX).then_some(Ok(()))).await?;
-        let sealed = self.device().seal(meta).await?;
-        let id = checkpoint_id(sealed.number);
-        let listed = self.device().core().checkpoints().into_iter().find(|known| known.id == id);
-        Ok(listed.unwrap_or_else(|| sealed.shown(None)))
+        self.until(|device| (device.core().frozen.len() < LAYERS_MAX).then_some(Ok(()))).await
     }
 
     /// All checkpoints, the oldest first.
@@ -157,6 +180,8 @@ impl Volume {
     pub async fn publish_memory(&self, source: MemorySource) -> Result<(), MemoryError> {
         let lsn = self.status().lsn;
         self.push().await?;
+        // Compaction keeps its hands off until the head names what is uploaded here.
+        let _under_way = self.device().core().uploads.token();
         let memory = Box::new(memory::upload(self.device(), &source, lsn).await?);
         self.order(|reply| Command::KeepMemory { memory, reply }).await?
     }
@@ -180,6 +205,7 @@ impl Volume {
     /// Makes the files of the memory image again, on a host that has not got them. They must not be used before
     /// [`retire_memory`](Self::retire_memory) returned.
     pub async fn fetch_memory(&self, target: MemoryTarget) -> Result<MemoryInfo, MemoryError> {
+        let (_, _reading) = self.device().core().read_root();
         let Some(memory) = self.kept_memory() else { return Err(MemoryError::None) };
         memory::fetch(&self.device().fetcher, &memory, &target).await?;
         let KeptMemory { lsn, snapshot_key, memory_bytes, .. } = memory;
@@ -294,6 +320,39 @@ impl Volume {
     #[cfg(test)]
     pub(super) fn device_for_tests(&self) -> &Arc<Device> {
         self.device()
+    }
+}
+
+/// A checkpoint that waits for a read. Dropped, there is none.
+#[derive(Debug)]
+pub struct SealOnRead {
+    volume: Volume,
+    read_bytes: u32,
+    sealed: oneshot::Receiver<Result<KeptCheckpoint, VolumeError>>,
+    _turn: OwnedMutexGuard<()>,
+}
+
+impl SealOnRead {
+    /// How many bytes at the begin of the disk have to be read in one request.
+    pub fn read_bytes(&self) -> u32 {
+        self.read_bytes
+    }
+
+    /// The checkpoint, in the local journal, if the guest has read. `None` if it has not, and then no read makes one any more.
+    pub async fn finish(mut self) -> Option<Result<Checkpoint, CheckpointError>> {
+        self.volume.device().disarm();
+        // One that has begun gets to its end.
+        let sealed = match (&mut self.sealed).await.ok()? {
+            Ok(sealed) => self.volume.device().keep_sealed().await.map(|()| self.volume.listed(&sealed)),
+            Err(error) => Err(error),
+        };
+        Some(sealed.map_err(CheckpointError::from))
+    }
+}
+
+impl Drop for SealOnRead {
+    fn drop(&mut self) {
+        self.volume.device().disarm();
     }
 }
 

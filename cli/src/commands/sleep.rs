@@ -77,7 +77,11 @@ pub(crate) async fn sleep(context: &Context, arguments: Sleep) -> Done {
         .map_err(about(&name))?;
     say(answer, arguments.json, |sprite| {
         let frozen = sprite.0["frozen_ms"].as_u64().map(|ms| format!(", frozen in {ms} ms")).unwrap_or_default();
-        format!("✓ {name} sleeps: {} after {}{frozen}", shown(sprite, to), took(started.elapsed()))
+        let after = took(started.elapsed());
+        if sprite.0["woken"] == true {
+            return format!("✓ {name} slept after {after}{frozen}; a request has woken it since");
+        }
+        format!("✓ {name} sleeps: {} after {after}{frozen}", shown(sprite, to))
     })
 }
 

@@ -48,6 +48,7 @@ pub(super) async fn sleep(call: &Call, body: Body, name: &str) -> Result<Respons
         "frozen_ms": reply.frozen_ms,
         "local_ms": reply.local_ms,
         "bucket_ms": reply.bucket_ms,
+        "woken": reply.woken,
     });
     Ok(json_response(StatusCode::OK, &body))
 }

@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use super::{Call, json_response, no_content, read_json};
 use crate::{
     refusal::Refusal,
-    service::{IdleTimeout, NewSprite, PAGE_MAX, Update, WakeTimers, labels},
+    service::{IdleTimeout, NewSprite, PAGE_MAX, Update, WakeTimers, labels, request_id},
     view::{SPRITES_PER_ORG_MAX, View, org_json},
 };
 
@@ -39,6 +39,7 @@ struct CreateBody {
     disk_bytes: Option<u64>,
     idle_timeout: Option<String>,
     always_on: Option<bool>,
+    request_id: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -70,6 +71,7 @@ pub(super) async fn create(call: &Call, body: Body) -> Result<Response, Refusal>
         idle_timeout: body.idle_timeout.as_deref().map(IdleTimeout::parse).transpose()?,
         always_on: body.always_on.unwrap_or_default(),
         wait_for_capacity: body.wait_for_capacity.unwrap_or_default(),
+        request_id: request_id(body.request_id.unwrap_or_default())?,
     };
     let view = call.service.create(call.org(), new).await?;
     Ok(json_response(StatusCode::CREATED, &view.to_json()))

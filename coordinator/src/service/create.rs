@@ -6,6 +6,9 @@
 //!                        │                      └─ no answer ─▶ did it leave a `rec`? then claimed, else the claim runs out
 //!                        └── crash: whoever looks after 60 s resolves the claim by the `rec` (`names`)
 //! ```
+//!
+//! A caller that does not know whether its create was done repeats it with the same `request_id`: the record keeps it as long as the sprite lives, so
+//! that any coordinator gives the sprite that was made, or waits for the one that is being made.
 
 use std::time::Duration;
 
@@ -33,6 +36,9 @@ const QUOTA_AGE_MAX: Duration = Duration::from_secs(30);
 const QUOTA_PATIENCE: Duration = Duration::from_secs(2);
 /// A name that is being freed is waited for by trying again.
 const CLAIM_ATTEMPTS: u32 = 3;
+/// A repeated create waits so long for the first one, which may itself have been given up: its claim is free after 60 s.
+const FIRST_WAIT: Duration = Duration::from_secs(90);
+const FIRST_PAUSE: Duration = Duration::from_millis(250);
 
 impl Service {
     /// Makes a sprite. Returns when commands can run in it.
@@ -44,7 +50,10 @@ impl Service {
     async fn create_here(&self, org: &str, new: NewSprite) -> Result<View, Refusal> {
         self.check_quota(org).await?;
         let environment = settings::environment(new.environment.clone())?;
-        let mut claim = self.claim(org, &new.name).await?;
+        let mut claim = match self.claim_or_find(org, &new).await? {
+            Start::Here(claim) => claim,
+            Start::Done(view) => return Ok(*view),
+        };
         let made = self.make(org, &new, environment, &mut claim).await;
         let (id, record) = match made {
             Ok(made) => made,
@@ -80,6 +89,27 @@ impl Service {
             return Err(Refusal::TooManySprites { current, max: SPRITES_PER_ORG_MAX });
         }
         Ok(())
+    }
+
+    /// Takes the name, or finds the sprite that the same request has made before.
+    async fn claim_or_find(&self, org: &str, new: &NewSprite) -> Result<Start, Refusal> {
+        let give_up_at = Instant::now() + FIRST_WAIT;
+        loop {
+            let refusal = match self.claim(org, &new.name).await {
+                Ok(claim) => return Ok(Start::Here(claim)),
+                Err(refusal) if new.request_id.is_none() => return Err(refusal),
+                Err(refusal) => refusal,
+            };
+            match &refusal {
+                Refusal::NameTaken { name } => {
+                    let found = self.get(org, name).await?;
+                    let is_same = found.record.request_id == new.request_id;
+                    return if is_same { Ok(Start::Done(Box::new(found))) } else { Err(refusal) };
+                }
+                Refusal::NameBusy { .. } if Instant::now() < give_up_at => tokio::time::sleep(FIRST_PAUSE).await,
+                _ => return Err(refusal),
+            }
+        }
     }
 
     /// Takes the name, out of the way of whatever a crash left on it.
@@ -152,6 +182,8 @@ impl Service {
             always_on: new.always_on,
             wake_at: Vec::new(),
             wake_every_ms: None,
+            wakes_done: None,
+            request_id: new.request_id.clone(),
             deleted: false,
         };
         record.id = self.make_at_node(&record, new.wait_for_capacity, claim).await?;
@@ -195,6 +227,14 @@ impl Service {
             }
         }
     }
+}
+
+/// How a create begins.
+enum Start {
+    /// With the name ours.
+    Here(Claim),
+    /// The same request has made it before.
+    Done(Box<View>),
 }
 
 /// Why there is no new sprite.

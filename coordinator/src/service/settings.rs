@@ -8,6 +8,7 @@ use crate::{duration, refusal::Refusal};
 
 const LABELS_MAX: usize = 64;
 const LABEL_BYTES_MAX: usize = 256;
+const REQUEST_ID_BYTES_MAX: usize = 128;
 const ENVIRONMENT_BYTES_MAX: usize = 64 << 10;
 const WAKE_TIMES_MAX: usize = 64;
 /// A sprite that is woken more often never sleeps; then `--idle-timeout never` says so.
@@ -118,6 +119,16 @@ pub(crate) fn labels(labels: Vec<String>) -> Result<Vec<String>, Refusal> {
     }
 }
 
+/// Chosen by the caller; empty for none.
+pub(crate) fn request_id(text: String) -> Result<Option<String>, Refusal> {
+    if text.len() > REQUEST_ID_BYTES_MAX || !text.bytes().all(|byte| byte.is_ascii_graphic()) {
+        return Err(Refusal::Invalid(format!(
+            "request_id {text:?} is not made of at most {REQUEST_ID_BYTES_MAX} visible ASCII characters; use a UUID"
+        )));
+    }
+    Ok(Some(text).filter(|text| !text.is_empty()))
+}
+
 pub(crate) fn environment(environment: Environment) -> Result<Environment, Refusal> {
     let total: usize = environment.iter().map(|(name, value)| name.len() + value.len()).sum();
     if total > ENVIRONMENT_BYTES_MAX {
@@ -164,6 +175,15 @@ mod tests {
         assert_eq!(every(""), Some(Some(None)));
         assert_eq!(every("1s"), None);
         assert_eq!(WakeTimers::parse(None, Some("never"), now).unwrap(), WakeTimers::NONE);
+    }
+
+    #[test]
+    fn request_ids_are_short_and_visible() {
+        assert_eq!(request_id(String::new()).unwrap(), None);
+        assert_eq!(request_id("0198a5f0-1".into()).unwrap().as_deref(), Some("0198a5f0-1"));
+        for bad in ["a b", "é", "a\n", &"x".repeat(129)] {
+            assert!(request_id(bad.into()).is_err(), "{bad:?}");
+        }
     }
 
     #[test]

@@ -57,6 +57,39 @@ async fn a_lost_answer_of_the_node_loses_no_sprite() {
     assert_eq!(rig.get("/v1/sprites/demo").await.status, 200);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_create_that_is_repeated_with_its_request_id_makes_one_sprite() {
+    let rig = Rig::start().await;
+    let create = |id: &str| rig.call("POST", "/v1/sprites", Some(json!({ "name": "demo", "request_id": id })));
+    // At once, as a client that gave up waiting repeats it while the first is still at work.
+    let answers = futures_util::future::join_all((0..8).map(|_| create("mine"))).await;
+    let made = rig.node.ids();
+    assert_eq!(made.len(), 1);
+    for answer in &answers {
+        assert_eq!((answer.status, answer.json()["id"].clone()), (201, json!(made[0].public())), "{:?}", answer.body);
+    }
+    assert_eq!(create("other").await.refusal(), (409, "sprite already exists".to_owned()));
+    assert_eq!(rig.call("DELETE", "/v1/sprites/demo", None).await.status, 204);
+    let again = create("mine").await;
+    assert_eq!(again.status, 201);
+    assert_ne!(again.json()["id"], made[0].public(), "the id is kept with the sprite, no longer");
+}
+
+#[tokio::test]
+async fn a_repeated_create_finds_what_a_crashed_coordinator_made() {
+    let rig = Rig::start().await;
+    let created = rig.call("POST", "/v1/sprites", Some(json!({ "name": "demo", "request_id": "mine" }))).await.json();
+    let since = Timestamp::now() - SignedDuration::from_secs(3600);
+    let mut record = rig.bucket.read_record::<SpriteRecord>(&record_key(rig.node.ids()[0])).await.unwrap().unwrap();
+    record.value.created_at = since;
+    rig.bucket.update_record(&record, record.value.clone()).await.unwrap();
+    let key = "v1/names/local/demo";
+    let name = rig.bucket.read_record::<NameEntry>(key).await.unwrap().unwrap();
+    rig.bucket.update_record(&name, NameEntry::Pending { since, renewed: since }).await.unwrap();
+    let again = rig.call("POST", "/v1/sprites", Some(json!({ "name": "demo", "request_id": "mine" }))).await;
+    assert_eq!((again.status, again.json()["id"].clone()), (201, created["id"].clone()));
+}
+
 /// As a coordinator that crashed between its steps leaves things.
 async fn abandon_claim(rig: &Rig, text: &str, with_record: bool) -> Option<SpriteId> {
     let since = long_ago();

@@ -149,7 +149,7 @@ impl Node for Served {
         let (id, _) = self.0.find(&request.get_ref().sprite_id)?;
         let to = request.into_inner().to;
         let status = Some(self.0.set(id, if to.is_empty() { "suspended" } else { &to }, "asked to sleep"));
-        Ok(Response::new(SleepReply { status, frozen_ms: 1, local_ms: 2, bucket_ms: 3 }))
+        Ok(Response::new(SleepReply { status, frozen_ms: 1, local_ms: 2, bucket_ms: 3, woken: false }))
     }
 
     async fn destroy(&self, request: Request<DestroyRequest>) -> Result<Response<DestroyReply>, Status> {

@@ -30,6 +30,12 @@ async fn a_sprites_life_over_grpc() {
     assert_eq!((made.status.as_str(), made.size.as_str(), made.labels.len(), made.public), ("running", "s", 1, false));
     assert_eq!(rig.get("/v1/sprites/demo").await.json()["id"], made.id, "one sprite for both");
     assert_eq!(client.create_sprite(rig.authorized(create())).await.unwrap_err().code(), Code::AlreadyExists);
+    let twice = || CreateSpriteRequest { name: "twice".into(), request_id: "r-1".into(), ..Default::default() };
+    let first = client.create_sprite(rig.authorized(twice())).await.unwrap().into_inner();
+    assert_eq!(client.create_sprite(rig.authorized(twice())).await.unwrap().into_inner().id, first.id);
+    let other = CreateSpriteRequest { request_id: "r-2".into(), ..twice() };
+    assert_eq!(client.create_sprite(rig.authorized(other)).await.unwrap_err().code(), Code::AlreadyExists);
+    client.destroy_sprite(rig.authorized(DestroySpriteRequest { name: "twice".into() })).await.unwrap();
     let update = UpdateSpriteRequest { name: "demo".into(), public: Some(true), ..Default::default() };
     let updated = client.update_sprite(rig.authorized(update)).await.unwrap().into_inner();
     assert!(updated.public && updated.labels == ["x"], "{updated:?}");

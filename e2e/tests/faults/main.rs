@@ -2,6 +2,8 @@
 //! one costs a boot, and two would only slow each other down.
 
 mod bucket;
+mod host;
+mod memory;
 mod process;
 mod restart;
 

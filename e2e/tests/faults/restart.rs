@@ -1,8 +1,12 @@
 //! `sprited` ends, in every way there is, and comes back.
 
-use std::time::Duration;
+use std::{
+    io::{BufRead as _, BufReader, Read as _},
+    process::{Child, ChildStdout, Stdio},
+    time::Duration,
+};
 
-use e2e::{Cluster, Options, full_size};
+use e2e::{Cluster, Options, Sprite, eventually, full_size};
 
 use crate::one_at_a_time;
 
@@ -11,20 +15,94 @@ fn dead_for() -> Duration {
     Duration::from_secs(if full_size() { 60 } else { 10 })
 }
 
+/// For a client to notice, and for a sprite to wake.
+const SOON: Duration = Duration::from_secs(60);
+
+/// A client of a command that counts, by pid, in a terminal.
+struct Counting<'a> {
+    sprite: &'a Sprite<'a>,
+    client: Child,
+    screen: BufReader<ChildStdout>,
+}
+
+impl<'a> Counting<'a> {
+    fn start(sprite: &'a Sprite<'a>) -> Self {
+        let count = "i=0; while sleep 0.2; do i=$((i+1)); echo $$ $i; done";
+        Self::follow(sprite, sprite.exec_command(&["--tty"], &["bash", "-c", count]))
+    }
+
+    fn follow(sprite: &'a Sprite<'a>, mut command: std::process::Command) -> Self {
+        // Standard input stays open, as a person's does.
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut client = command.spawn().expect("sprite starts");
+        let screen = BufReader::new(client.stdout.take().expect("it was asked for"));
+        Self { sprite, client, screen }
+    }
+
+    /// The next pid and count on the screen.
+    fn next(&mut self) -> (u64, u64) {
+        let mut line = String::new();
+        while line.trim().is_empty() {
+            line.clear();
+            let len = self.screen.read_line(&mut line).expect("the screen can be read");
+            assert!(len > 0, "the client ended: {}", self.end());
+        }
+        let mut numbers = line.split_whitespace().map(|word| word.parse().unwrap_or_else(|_| panic!("{line:?}")));
+        (numbers.next().expect("a pid"), numbers.next().expect("a count"))
+    }
+
+    /// What the client says when it has ended, as it must.
+    fn end(&mut self) -> String {
+        eventually("the client's end", SOON, || {
+            self.client.try_wait().expect("it is our child").map(drop).ok_or_else(|| "it runs".to_owned())
+        });
+        let mut said = String::new();
+        self.client.stderr.take().expect("it was asked for").read_to_string(&mut said).expect("it is text");
+        said
+    }
+
+    /// Once its host is gone the client says how to get back; does that when the host is there again.
+    fn attach_again(mut self, cluster: &Cluster) -> Self {
+        let said = self.end();
+        let again = said.split_once("sprite attach ").unwrap_or_else(|| panic!("no advice in {said:?}")).1;
+        let again = again.split_whitespace().next().expect("a session's id").to_owned();
+        Self::follow(self.sprite, cluster.sprite_command(["attach", &again, "-s", &self.sprite.name]))
+    }
+}
+
+impl Drop for Counting<'_> {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        drop(self.client.kill());
+        drop(self.client.wait());
+    }
+}
+
 #[test]
-fn killed_sprited_comes_back_to_running_vms() {
+fn killed_sprited_comes_back_to_running_vms_and_makes_up_for_timers() {
     let _turn = one_at_a_time();
     let cluster = Cluster::start(Options::default());
-    let sprite = cluster.new_sprite("orphan");
+    let (sprite, timed) = (cluster.new_sprite("orphan"), cluster.new_sprite("timed"));
+    timed.cli(&["sleep"]).success();
     sprite.start_counter("/tmp/count");
     let (before, pid) = sprite.counter("/tmp/count");
     sprite.sh("echo fsynced > ~/file && sync ~/file");
     let boot_id = sprite.sh("cat /proc/sys/kernel/random/boot_id");
+    let mut session = Counting::start(&sprite);
+    let (session_pid, count) = session.next();
 
+    timed.cli(&["wake", "--at", &format!("+{}s", dead_for().as_secs() - 1)]).success();
     cluster.kill_sprited();
     e2e::pause(dead_for());
     cluster.start_sprited();
 
+    let mut session = session.attach_again(&cluster);
+    // Beyond what was counted when the host went: the screen shows that again first.
+    let beyond = count + 4 * dead_for().as_secs();
+    let (same_pid, _) =
+        std::iter::repeat_with(|| session.next()).find(|(_, count)| *count > beyond).expect("it is endless");
+    assert_eq!(same_pid, session_pid, "the open session's command goes on");
+    timed.await_status("running", SOON);
     let (after, same_pid) = sprite.counter("/tmp/count");
     assert_eq!(pid, same_pid, "the process was started again");
     assert!(after > before);

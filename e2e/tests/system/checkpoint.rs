@@ -44,6 +44,52 @@ fn a_sprite_whose_disk_was_overwritten_comes_back() {
     assert_eq!(sprite.sh("cat ~/kept"), "kept");
 }
 
+/// Ruling 15. What a user leaves on the disk, and how: each holds it in another way, and the last two cannot be ended from inside.
+const HOLDERS: [(&str, &str); 5] = [
+    (
+        "swap",
+        "sudo fallocate -l 64M /swap && sudo chmod 600 /swap && sudo mkswap -q /swap && sudo swapon /swap && grep -q ^/swap /proc/swaps",
+    ),
+    (
+        "a loop mount with an open file",
+        "truncate -s 64M ~/disk && mkfs.ext4 -q ~/disk && mkdir ~/mounted && sudo mount -o loop ~/disk ~/mounted && \
+         sudo sh -c 'setsid sleep 1000 > ~sprite/mounted/held 2>&1 < /dev/null &' && findmnt ~/mounted",
+    ),
+    ("the raw device", "sudo sh -c 'setsid sleep 1000 > /dev/null 2>&1 < /dev/vda &'"),
+    (
+        "a FUSE mount that does not answer",
+        "printf %s 'import ctypes, os, time
+fuse = os.open(\"/dev/fuse\", os.O_RDWR)
+os.mkdir(\"/hung\")
+options = b\"fd=%d,rootmode=40000,user_id=0,group_id=0\" % fuse
+assert ctypes.CDLL(None).mount(b\"hung\", b\"/hung\", b\"fuse\", 0, options) == 0
+os.fork() and os._exit(0)
+os.setsid()
+time.sleep(1000)' > ~/hung.py && sudo python3 ~/hung.py > /dev/null 2>&1 < /dev/null && \
+         sudo sh -c 'setsid ls /hung > /dev/null 2>&1 < /dev/null &' && until ps -eo stat,args | grep -q '^D.*ls /hung'; do sleep 0.1; done",
+    ),
+    (
+        "a process that waits for a frozen file system, which no signal ends",
+        "sudo sh -c 'fsfreeze --freeze /; setsid touch /frozen > /dev/null 2>&1 < /dev/null & \
+         until ps -eo stat,args | grep -q \"^D.*touch /frozen\"; do sleep 0.1; done'",
+    ),
+];
+
+#[test]
+fn a_restore_works_whatever_holds_the_disk() {
+    let cluster = Cluster::shared();
+    let sprite = cluster.new_sprite("held");
+    sprite.sh("echo one > ~/file && sync");
+    let good = sprite.checkpoint("free");
+    for (what, line) in HOLDERS {
+        println!("held by {what}");
+        sprite.sh("echo two > ~/file && sync");
+        sprite.sh(line);
+        sprite.cli(&["restore", &good]).success();
+        assert_eq!(sprite.sh("cat ~/file"), "one", "held by {what}");
+    }
+}
+
 #[test]
 fn unknown_checkpoints_are_refused_and_nothing_changes() {
     let cluster = Cluster::shared();

@@ -19,6 +19,7 @@ fn a_stock_grpc_client_walks_through_a_sprites_life() {
     walk.env("PYTHONPATH", &stubs).arg(repository().join("examples/grpc/walk.py")).arg(&name);
     let said = cluster.run(walk, b"").success().out();
     for line in [
+        "repeated True",
         "exec (3, b'kept\\n', b'warned\\n')",
         "checkpoint v1 grpc complete",
         "restore complete",

@@ -12,6 +12,23 @@ fn a_guest_that_eats_its_memory_loses_the_eater_only() {
 }
 
 #[test]
+fn a_guest_that_eats_its_process_table_is_restored_and_disturbs_nobody() {
+    let cluster = Cluster::shared();
+    let neighbour = cluster.new_sprite("calm");
+    let sprite = e2e::Sprite::create(cluster, &e2e::unique("bomb"), &["--size", "s"]);
+    sprite.sh("echo kept > ~/file && sync");
+    let good = sprite.checkpoint("calm");
+    // The second line makes no process, so it runs to its end whatever the first does.
+    let line = ":(){ :|:& };: >/dev/null 2>&1 </dev/null
+        until read -r processes < /sys/fs/cgroup/pids.current && [ $processes -gt 300 ]; do :; done; echo $processes";
+    let processes: u32 = sprite.sh(line).parse().expect("a number of processes");
+    assert!(processes > 300, "{processes}");
+    assert_eq!(neighbour.sh("echo here"), "here");
+    sprite.cli(&["restore", &good]).success();
+    assert_eq!(sprite.sh("cat ~/file"), "kept");
+}
+
+#[test]
 fn a_disk_can_be_filled_and_is_usable_again_after_that() {
     let cluster = Cluster::shared();
     let sprite = cluster.new_sprite("full");

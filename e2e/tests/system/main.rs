@@ -3,7 +3,9 @@
 mod checkpoint;
 mod clones;
 mod create;
+mod deaths;
 mod disk;
+mod docker;
 mod exec;
 mod grpc;
 mod kernel;

@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use e2e::{COMMAND_DEADLINE, Cluster, Repository, Sprite, eventually, pause, repository};
+use e2e::{Cluster, Repository, Sprite, eventually, pause, repository};
 use serde_json::{Value, json};
 
 const SLEEPS: usize = 20;
@@ -20,12 +20,15 @@ const ROWS_BETWEEN: usize = 4;
 const PROGRESS_DEADLINE: Duration = Duration::from_secs(120);
 
 #[test]
-#[ignore = "not green yet: a request in flight when its sprite is put to sleep by order hangs until its own time limit, so that 20 sleeps take over 6 minutes"]
 fn an_app_loses_no_acknowledged_row_through_sleeps_a_checkpoint_and_a_restore() {
     let cluster = Cluster::shared();
     let repository = Repository::of_python(cluster, &repository().join("examples/mdm"));
     let sprite = cluster.new_sprite("mdm");
-    sprite.sh(&format!("python3 -m venv ~/mdm && ~/mdm/bin/pip install {} sprite-mdm", repository.pip_flags()));
+    // The system's pip: unpacking another into the venv, and compiling ahead, takes emulated processors longer than all the sleeps below.
+    sprite.sh(&format!(
+        "python3 -m venv --without-pip ~/mdm && pip --python ~/mdm/bin/python install --no-compile {} sprite-mdm",
+        repository.pip_flags()
+    ));
     start(&sprite);
     let app = App { cluster, url: sprite.url() };
     let devices: Vec<u64> = (0..DEVICES).map(|number| app.enrol(&format!("serial-{number}"))).collect();
@@ -69,18 +72,10 @@ fn start(sprite: &Sprite<'_>) {
     );
 }
 
-/// The next request wakes it; rows must be acknowledged again before the next sleep. One that comes while it falls asleep wins, and the order
-/// says so: then it is given again.
+/// The next request wakes it; rows must be acknowledged again before the next sleep.
 fn sleep_under_load(sprite: &Sprite<'_>, load: &Load) {
     load.await_progress();
-    eventually("a sleep under load", COMMAND_DEADLINE, || {
-        let ordered = sprite.cli(&["sleep"]);
-        if ordered.err().contains("woke") {
-            return Err(ordered.err());
-        }
-        ordered.success();
-        Ok(())
-    });
+    sprite.cli(&["sleep"]).success();
     load.await_progress();
 }
 
@@ -106,9 +101,6 @@ impl App {
     /// None when there was no answer, or not this one: then nothing was promised.
     fn post(&self, path: &str, body: &Value) -> Option<(String, Value)> {
         let answer = self.cluster.curl([
-            // A device that gets no answer tries again soon: a sleep by order cuts off what is in flight.
-            "--max-time",
-            "20",
             "-H",
             &format!("Authorization: Bearer {}", self.cluster.token()),
             "-H",

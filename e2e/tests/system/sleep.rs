@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use e2e::{Cluster, Sprite, unique};
+use e2e::{Cluster, Sprite, eventually, unique};
 
 const WAKE_DEADLINE: Duration = Duration::from_secs(60);
 
@@ -47,6 +47,67 @@ fn wake_and_idle_policy_are_visible() {
     awake.sh("true");
     sprite.await_status("warm", WAKE_DEADLINE);
     assert_eq!(awake.status(), "running", "`never` means never");
+}
+
+#[test]
+fn policy_and_timers_are_set_by_the_command_line() {
+    let cluster = Cluster::shared();
+    let sprite = cluster.new_sprite("policy");
+    sprite.cli(&["config", "update", "--idle-timeout", "2s"]).success();
+    sprite.await_status("warm", WAKE_DEADLINE);
+    sprite.cli(&["config", "update", "--always-on", "true"]).success();
+    sprite.await_status("running", WAKE_DEADLINE);
+    // An order is an order; it holds until somebody needs the sprite, or a timer is due.
+    sprite.cli(&["sleep"]).success();
+    assert_eq!(sprite.status(), "warm");
+    sprite.cli(&["wake", "--at", "+3s"]).success().says("will be woken");
+    sprite.await_status("running", WAKE_DEADLINE);
+    sprite.cli(&["config", "update", "--always-on", "false"]).success();
+    sprite.await_status("warm", WAKE_DEADLINE);
+}
+
+/// What answers at once, never, and without an end.
+const SLOW_SERVER: &str = "
+import http.server, time
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        if self.path != '/never':
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b'said\\n')
+        if self.path != '/now':
+            open('/tmp/asked', 'a').write(self.path)
+            time.sleep(3600)
+http.server.ThreadingHTTPServer(('', 8080), Handler).serve_forever()
+";
+
+#[test]
+fn an_order_to_sleep_ends_the_requests_in_flight_and_later_ones_wake_it() {
+    let cluster = Cluster::shared();
+    let sprite = cluster.new_sprite("flight");
+    sprite.exec_with(&[], &["sh", "-c", "cat > ~/server.py"], SLOW_SERVER.as_bytes()).success();
+    sprite.sh("setsid -f python3 ~/server.py </dev/null >/dev/null 2>&1; until curl -sf localhost:8080/now; do sleep 0.1; done");
+    let bearer = format!("Authorization: Bearer {}", cluster.token());
+    let get = |path: &str| {
+        let url = format!("{}{path}", sprite.url());
+        cluster.curl(["-H", &bearer, "--include", &url])
+    };
+    let (never, endless) = std::thread::scope(|scope| {
+        let (never, endless) = (scope.spawn(|| get("/never")), scope.spawn(|| get("/endless")));
+        eventually("both requests inside", WAKE_DEADLINE, || {
+            let asked = sprite.sh("cat /tmp/asked || true");
+            if asked.contains("/never") && asked.contains("/endless") { Ok(()) } else { Err(asked) }
+        });
+        sprite.cli(&["sleep"]).success();
+        (never.join().expect("curl is bounded"), endless.join().expect("curl is bounded"))
+    });
+    let refused = never.success().out();
+    assert!(refused.contains("503") && refused.contains("SPR-W04") && refused.contains("retry-after"), "{refused}");
+    assert!(endless.out().ends_with("said\n"), "{endless}");
+    assert!(!endless.status.is_some_and(|status| status.success()), "a part passes for the whole: {endless}");
+    assert_eq!(sprite.status(), "warm", "what was cut off does not wake it");
+    let now = get("/now").success().out();
+    assert!(now.contains("x-sprite-wake: memory") && now.ends_with("said\n"), "{now}");
 }
 
 #[test]

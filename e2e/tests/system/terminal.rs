@@ -1,64 +1,92 @@
-//! Interactive use. The client runs under `script`, which gives it a terminal as a person has one.
+//! Interactive use, in a real terminal as a person has one.
 
-use std::{
-    io::{Read, Write},
-    process::{Command, Stdio},
-};
+use std::sync::OnceLock;
 
-use e2e::{Cluster, Finished, Sprite};
+use e2e::{Cluster, Sprite, Terminal};
 
-/// `sprite exec --tty` in a terminal.
-fn terminal(sprite: &Sprite<'_>, command: &str) -> Command {
-    let client = sprite.exec_command(&["--tty"], &["bash", "-c", command]);
-    let quoted: Vec<String> = std::iter::once(client.get_program())
-        .chain(client.get_args())
-        .map(|word| format!("'{}'", word.to_string_lossy().replace('\'', "'\\''")))
-        .collect();
-    let mut script = Command::new("script");
-    script.args(["--quiet", "--return", "--echo", "never", "--command", &quoted.join(" "), "/dev/null"]);
-    script.env_clear().envs(client.get_envs().filter_map(|(name, value)| Some((name, value?))));
-    script
+fn sprite() -> &'static Sprite<'static> {
+    static SPRITE: OnceLock<Sprite<'static>> = OnceLock::new();
+    SPRITE.get_or_init(|| Cluster::shared().new_sprite("tty"))
 }
 
-fn in_terminal(cluster: &Cluster, sprite: &Sprite<'_>, command: &str) -> Finished {
-    cluster.run(terminal(sprite, command), b"")
-}
-
-/// Types `keys` once `prompt` is on the screen, as a person does; what came after that, and the exit code.
-fn type_at_prompt(sprite: &Sprite<'_>, command: &str, prompt: &str, keys: &[u8]) -> (Option<i32>, String) {
-    let mut child =
-        terminal(sprite, command).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("script runs");
-    let (mut screen, mut keyboard) = (child.stdout.take().expect("asked for"), child.stdin.take().expect("asked for"));
-    let mut seen = Vec::new();
-    while !String::from_utf8_lossy(&seen).contains(prompt) {
-        let mut byte = [0];
-        assert_eq!(screen.read(&mut byte).expect("the screen can be read"), 1, "ended before its prompt");
-        seen.push(byte[0]);
-    }
-    keyboard.write_all(keys).expect("it takes keys");
-    let mut rest = String::new();
-    screen.read_to_string(&mut rest).expect("the screen is UTF-8");
-    (child.wait().expect("it is our child").code(), rest)
+/// `sprite exec --tty` of a shell line.
+fn terminal(line: &str) -> Terminal {
+    Terminal::open(&sprite().exec_command(&["--tty"], &["bash", "-c", line]))
 }
 
 #[test]
 fn a_command_sees_a_terminal_and_gives_its_exit_code() {
-    let cluster = Cluster::shared();
-    let sprite = cluster.new_sprite("tty");
-    in_terminal(cluster, &sprite, "test -t 0 && test -t 1 && echo it is; exit 3").code(3).says("it is");
+    let mut here = terminal("test -t 0 && test -t 1 && echo it is; exit 3");
+    here.shows("it is");
+    here.ends_with(3);
     // Without a terminal in between there is none inside either.
-    sprite.exec(&["test", "-t", "1"]).code(1);
-    in_terminal(cluster, &sprite, "echo $TERM; locale charmap; echo ünï").success().says("xterm").says("ünï");
+    sprite().exec(&["test", "-t", "1"]).code(1);
+    let mut here = terminal("echo $TERM; locale charmap; echo ünï");
+    here.shows("xterm");
+    here.shows("ünï");
+    here.ends_with(0);
 }
 
 #[test]
 fn keys_reach_the_foreground_process() {
+    let mut here = terminal("trap 'echo stopped by hand; exit 5' INT; echo go; while :; do read -r -t 1; done");
+    here.shows("go");
+    here.press("\x03");
+    here.shows("stopped by hand");
+    here.ends_with(5);
+    let mut here = terminal("read -p 'name? ' -r name; echo hello $name");
+    here.shows("name? ");
+    here.press("wörld\r");
+    here.shows("hello wörld");
+    here.ends_with(0);
+}
+
+#[test]
+fn the_window_and_its_resizes_are_seen_inside() {
+    let mut here = terminal("trap 'stty size; exit 0' WINCH; stty size; while :; do read -r -t 1; done");
+    here.shows("30 100");
+    here.resize(50, 132);
+    here.shows("50 132");
+    here.ends_with(0);
+}
+
+#[test]
+fn jobs_are_stopped_and_continued_in_the_console() {
     let cluster = Cluster::shared();
-    let sprite = cluster.new_sprite("keys");
-    let trap = "trap 'echo stopped by hand; exit 5' INT; echo go; while :; do read -r -t 1; done";
-    let (code, screen) = type_at_prompt(&sprite, trap, "go", b"\x03");
-    assert!(code == Some(5) && screen.contains("stopped by hand"), "{code:?} {screen}");
-    let line = "read -p 'name? ' -r name; echo hello $name";
-    let (code, screen) = type_at_prompt(&sprite, line, "name? ", "wörld\r".as_bytes());
-    assert!(code == Some(0) && screen.contains("hello wörld"), "{code:?} {screen}");
+    let mut here = Terminal::open(&cluster.sprite_command(["console", "-s", &sprite().name]));
+    here.shows("sprite@");
+    here.press("bash -c 'trap \"echo not interrupted\" INT; echo began; sleep 1000; exit 9'\r");
+    here.shows("began\r\n");
+    here.press("\x1a");
+    here.shows("Stopped");
+    here.press("echo the shell is $((40 + 2)) again; fg\r");
+    here.shows("is 42 again");
+    here.shows("sleep 1000");
+    here.press("\x03");
+    here.shows("not interrupted");
+    here.press("echo its code: $?\r");
+    here.shows("its code: 9");
+    here.press("\x04");
+    here.ends_with(0);
+}
+
+#[test]
+fn vim_edits_a_file() {
+    let mut here = terminal("cd; rm -f note; LC_ALL=C.UTF-8 vim note");
+    here.shows("[New");
+    here.press("iünï 🎈 first\rsecond");
+    here.shows("second");
+    here.press("\x1b:wq\r");
+    here.ends_with(0);
+    assert_eq!(sprite().sh("cat ~/note"), "ünï 🎈 first\nsecond");
+}
+
+#[test]
+fn top_draws_again_and_again_until_it_is_left() {
+    let mut here = terminal("top -d 0.5");
+    for _ in 0..3 {
+        here.shows("load average");
+    }
+    here.press("q");
+    here.ends_with(0);
 }

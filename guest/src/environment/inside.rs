@@ -23,7 +23,7 @@ use super::{INIT_NAME, Job, StartError, VOLUME};
 use crate::{
     init::{MODULE_TREE, c_string, mount_new},
     log,
-    reaper::{Child, Reaper},
+    reaper::{KillOnDrop, Reaper},
     spawn::{self, Credentials, Program, Report},
     sys,
 };
@@ -37,11 +37,12 @@ const SPRITE_ENV: &str = "/.sprite/bin/sprite-env";
 pub(super) fn run(
     reaper: &Reaper,
     cgroup: OwnedFd,
-    ready: oneshot::Sender<Result<Child, StartError>>,
+    ready: oneshot::Sender<Result<KillOnDrop, StartError>>,
     mut jobs: mpsc::Receiver<Job>,
 ) {
     let started = arrange().and_then(|()| start_init(reaper, cgroup));
     let failed = started.is_err();
+    // With nobody at the other end the init dies with what is dropped here.
     if ready.send(started).is_err() || failed {
         return;
     }
@@ -142,7 +143,7 @@ fn sprite_folder(binary: &OwnedFd) -> Result<(), StartError> {
 }
 
 /// The first child of this thread becomes PID 1 of the new pid namespace.
-fn start_init(reaper: &Reaper, cgroup: OwnedFd) -> Result<Child, StartError> {
+fn start_init(reaper: &Reaper, cgroup: OwnedFd) -> Result<KillOnDrop, StartError> {
     let (mut said, stdout) = pipe().map_err(failed("pipe"))?;
     let null = || fs::OpenOptions::new().read(true).write(true).open("/dev/null").map(OwnedFd::from);
     let console = || fs::OpenOptions::new().write(true).open("/dev/console").map(OwnedFd::from);
@@ -161,6 +162,7 @@ fn start_init(reaper: &Reaper, cgroup: OwnedFd) -> Result<Child, StartError> {
         nice: 0,
     };
     let (child, report) = spawn::start(reaper, &program).map_err(failed("init"))?;
+    let init = KillOnDrop::new(child);
     // Its end of the pipe is in the child now.
     drop(program);
     let mut bytes = Vec::new();
@@ -179,7 +181,7 @@ fn start_init(reaper: &Reaper, cgroup: OwnedFd) -> Result<Child, StartError> {
     }
     let cgroups = File::open("/proc/1/ns/cgroup").map_err(failed("cgroup namespace"))?;
     setns(&cgroups, CloneFlags::CLONE_NEWCGROUP).map_err(io::Error::from).map_err(failed("cgroup namespace"))?;
-    Ok(child)
+    Ok(init)
 }
 
 fn pipe() -> io::Result<(File, OwnedFd)> {

@@ -39,7 +39,7 @@ pub(super) async fn attach(call: Call, session_id: String) -> Result<Response, R
 async fn open(mut call: Call, first: First) -> Result<Response, Refusal> {
     let upgrade = websocket::handshake(&mut call).await?;
     let awake = call.wake().await?;
-    let mut session = Session::open(&awake.agent, first).await?;
+    let mut session = Session::open(&awake.agent, first).await.map_err(|refusal| awake.explain(refusal))?;
     let was = awake.was;
     let mut response = upgrade.on_upgrade(move |socket| async move {
         let (mut output, mut input) = websocket::split(socket);

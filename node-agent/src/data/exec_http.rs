@@ -21,7 +21,8 @@ pub(super) async fn run(call: Call) -> Result<Response, Refusal> {
     start.size = None;
     let stdin = start.stdin;
     let awake = call.wake().await?;
-    let session = Session::open(&awake.agent, exec_input::Input::Start(start)).await?;
+    let started = Session::open(&awake.agent, exec_input::Input::Start(start)).await;
+    let session = started.map_err(|refusal| awake.explain(refusal))?;
     let input = session.input.clone();
     if stdin {
         tokio::spawn(send_body(call.body, input.clone()));

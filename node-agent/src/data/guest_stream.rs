@@ -1,14 +1,20 @@
 //! One connection to a port of the guest: over its network, or through its agent to what listens on its loopback only (ruling 23).
 
-use std::{io, time::Duration};
+use std::{
+    io,
+    pin::Pin,
+    task::{Context, Poll},
+    time::Duration,
+};
 
 use proto::agent::{TunnelInput, TunnelOpen, TunnelOutput, tunnel_input::Input, tunnel_output};
 use tokio::{
-    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, DuplexStream, ReadHalf, WriteHalf},
+    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, DuplexStream, ReadBuf, ReadHalf, WriteHalf},
     sync::mpsc,
     time::Instant,
 };
 use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::WaitForCancellationFutureOwned;
 use tonic::{Code, Streaming};
 
 use super::Awake;
@@ -40,6 +46,8 @@ pub(super) enum DialError {
     Network { port: u16, source: io::Error },
     #[error("cannot connect to port {port} through the agent")]
     Agent { port: u16, source: CallError },
+    #[error("the sprite was put to sleep, restarted or restored before port {port} answered; connect again")]
+    Gone { port: u16 },
 }
 
 /// Where in the guest a connection goes.
@@ -56,12 +64,21 @@ pub(super) async fn dial(awake: &Awake, port: u16, way: Way) -> Result<Box<dyn G
     let begun = Instant::now();
     let mut pause = RETRY_FIRST;
     loop {
-        match dial_once(awake, port, way).await {
+        let dialed = tokio::select! {
+            biased;
+            () = awake.ended.cancelled() => return Err(DialError::Gone { port }),
+            dialed = dial_once(awake, port, way) => dialed,
+        };
+        match dialed {
+            Ok(stream) => {
+                return Ok(Box::new(Mortal { stream, ended: Box::pin(awake.ended.clone().cancelled_owned()) }));
+            }
+            Err(_) if awake.is_gone() => return Err(DialError::Gone { port }),
             Err(DialError::NothingListens { .. }) if awake.was == "disk" && begun.elapsed() + pause < RETRY_LIMIT => {
                 tokio::time::sleep(pause).await;
                 pause = (pause * 2).min(RETRY_MAX);
             }
-            result => return result,
+            Err(error) => return Err(error),
         }
     }
 }
@@ -89,6 +106,41 @@ async fn dial_once(awake: &Awake, port: u16, way: Way) -> Result<Box<dyn GuestSt
         }
     }
     Err(DialError::NothingListens { port })
+}
+
+/// A connection that breaks when its VM ends. Without that it would wait for ever for a peer that is not there: nobody resets it.
+struct Mortal {
+    stream: Box<dyn GuestStream>,
+    ended: Pin<Box<WaitForCancellationFutureOwned>>,
+}
+
+impl AsyncRead for Mortal {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        // What the guest said before its end is read first.
+        match Pin::new(&mut self.stream).poll_read(context, buffer) {
+            Poll::Pending => self.ended.as_mut().poll(context).map(|()| Err(io::ErrorKind::ConnectionReset.into())),
+            ready @ Poll::Ready(_) => ready,
+        }
+    }
+}
+
+/// Who writes also reads, so that the end is noticed there.
+impl AsyncWrite for Mortal {
+    fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(context, data)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(context)
+    }
 }
 
 /// A connection to the guest's loopback, by way of its agent. A task moves the bytes; it ends when both directions have.

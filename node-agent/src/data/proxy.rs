@@ -17,7 +17,7 @@ use super::{
     guest_stream::{self, GuestStream, Way},
     refusal::Refusal,
     say_wake,
-    websocket::{self, Gone, Input, NORMAL, Output},
+    websocket::{self, Gone, Input, NORMAL, Output, RESTARTED},
 };
 use crate::net;
 
@@ -65,7 +65,7 @@ pub(super) async fn open(mut call: Call) -> Result<Response, Refusal> {
         let (code, reason) = match connect(&awake, &mut output, &mut input).await {
             Ok(guest) => {
                 splice(guest, &mut output, &mut input).await;
-                (NORMAL, String::new())
+                if awake.is_gone() { (RESTARTED, "the sprite was stopped".to_owned()) } else { (NORMAL, String::new()) }
             }
             Err(reason) => (UNREACHABLE, close_reason(&reason)),
         };

@@ -66,6 +66,12 @@ impl Refusal {
         Self::new(StatusCode::GATEWAY_TIMEOUT, "the sprite does not answer", "its agent is busy or stuck; try again")
     }
 
+    /// The VM ended before it answered.
+    pub(super) fn interrupted() -> Self {
+        let message = "It was put to sleep, restarted or restored before it answered. The request may have had an effect: look before you repeat it.";
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, "the sprite was stopped", message).with_code("SPR-W04")
+    }
+
     /// As JSON, which every client of the dialect can read, also on a refused handshake.
     pub(super) fn into_json(self) -> Response {
         let mut body = json!({ "error": self.error, "message": self.message });

@@ -21,9 +21,12 @@ use tokio_tungstenite::{
     tungstenite::{self, Message, protocol::CloseFrame},
 };
 
+use tokio_util::sync::CancellationToken;
+
 use super::{Awake, Dial, in_front_of, router};
 use crate::{agent::AgentClient, host::WakeError};
 
+mod ended;
 mod fake_agent;
 
 /// Any single step; a step that needs more hangs.
@@ -37,6 +40,10 @@ struct Node {
     address: SocketAddr,
     /// Requests that hold the sprite awake.
     held: Arc<AtomicUsize>,
+    /// The end of its VM.
+    ended: CancellationToken,
+    /// So many wakes give a VM that has ended before anything could be asked of it.
+    stillborn: Arc<AtomicUsize>,
 }
 
 struct Hold(Arc<AtomicUsize>);
@@ -60,21 +67,27 @@ async fn node() -> Node {
 async fn node_of(agent: AgentClient) -> Node {
     let held = Arc::new(AtomicUsize::new(0));
     let count = Arc::clone(&held);
+    let (ended, stillborn) = (CancellationToken::new(), Arc::new(AtomicUsize::new(0)));
+    let (end, stillborns) = (ended.clone(), Arc::clone(&stillborn));
     let data = router(move |id| {
         let (agent, count) = (agent.clone(), Arc::clone(&count));
+        let ended = end.child_token();
+        if stillborns.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1)).is_ok() {
+            ended.cancel();
+        }
         async move {
             if id.to_string() != ID {
                 return Err(WakeError::NotHere(id));
             }
             count.fetch_add(1, Ordering::SeqCst);
-            Ok(Awake { agent, dial: dial(), was: "paused", hold: Box::new(Hold(count)) })
+            Ok(Awake { agent, dial: dial(), ended, was: "paused", hold: Box::new(Hold(count)) })
         }
     });
     let control = axum::Router::new().fallback(|| async { "control" });
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     tokio::spawn(async move { axum::serve(listener, in_front_of(control, data)).await });
-    Node { address, held }
+    Node { address, held, ended, stillborn }
 }
 
 impl Node {
@@ -501,9 +514,8 @@ async fn nothing_listening_is_said_to_programs_and_people() {
     node.await_released().await;
 }
 
-#[tokio::test]
-async fn a_websocket_of_the_sprites_own_server_is_passed_through() {
-    let node = node().await;
+/// A WebSocket server inside, for one client, that echoes.
+async fn websocket_server() -> u16 {
     let listener = TcpListener::bind("127.0.0.2:0").await.unwrap();
     let port = listener.local_addr().unwrap().port();
     tokio::spawn(async move {
@@ -515,6 +527,10 @@ async fn a_websocket_of_the_sprites_own_server_is_passed_through() {
             }
         }
     });
+    port
+}
+
+async fn own_websocket(node: &Node, port: u16) -> Socket {
     let request = HttpRequest::builder()
         .uri(format!("ws://{}/ws", node.address))
         .header("host", "me.example")
@@ -527,7 +543,14 @@ async fn a_websocket_of_the_sprites_own_server_is_passed_through() {
         .body(())
         .unwrap();
     let stream = TcpStream::connect(node.address).await.unwrap();
-    let (mut socket, _) = timeout(STEP, tokio_tungstenite::client_async(request, stream)).await.unwrap().unwrap();
+    timeout(STEP, tokio_tungstenite::client_async(request, stream)).await.unwrap().unwrap().0
+}
+
+#[tokio::test]
+async fn a_websocket_of_the_sprites_own_server_is_passed_through() {
+    let node = node().await;
+    let port = websocket_server().await;
+    let mut socket = own_websocket(&node, port).await;
     socket.send(Message::text("through")).await.unwrap();
     assert_eq!(next(&mut socket).await, Message::text("through"));
     assert_eq!(node.held.load(Ordering::SeqCst), 1, "it is in use as long as the socket is open");

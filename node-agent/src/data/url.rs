@@ -10,14 +10,20 @@ use axum::{
 use http_body_util::BodyExt as _;
 use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
-use proto::paths::{SPRITE_ID_HEADER, SPRITE_PORT_HEADER};
+use proto::{
+    id::SpriteId,
+    paths::{SPRITE_ID_HEADER, SPRITE_PORT_HEADER},
+};
 
 use super::{
-    Awake, Call,
-    guest_stream::{self, DialError, Way},
+    Awake, Call, Wake,
+    guest_stream::{self, DialError, GuestStream, Way},
     refusal::Refusal,
     say_wake,
 };
+
+/// Times that a sprite may be put to sleep under a request that waits for it.
+const REACH_ATTEMPTS: u32 = 3;
 
 /// Headers of one hop. `Connection` may name more.
 const HOP_BY_HOP: [HeaderName; 8] = [
@@ -40,20 +46,21 @@ pub(super) async fn forward(call: Call, port: u16) -> Response {
 }
 
 async fn try_forward(call: Call, port: u16) -> Result<Response, Refusal> {
-    let awake = call.wake().await?;
-    let stream = guest_stream::dial(&awake, port, Way::Any).await.map_err(|error| refuse_dial(&error))?;
+    let (awake, stream) = reach(call.wake.clone(), call.id, port).await?;
     let (mut sender, connection) = http1::Builder::new()
         .preserve_header_case(true)
         .handshake(TokioIo::new(stream))
         .await
-        .map_err(|error| broken(port, &error))?;
+        .map_err(|error| awake.explain(broken(port, &error)))?;
     // Lives as long as the exchange, upgraded or not.
     tokio::spawn(connection.with_upgrades());
 
     let mut request = Request::from_parts(call.parts, call.body);
     let client = hyper::upgrade::on(&mut request);
     let upgrade = prepare(&mut request);
-    let mut response = sender.send_request(request).await.map_err(|error| broken(port, &error))?;
+    let mut response = sender.send_request(request).await.map_err(|error| awake.explain(broken(port, &error)))?;
+    // This hop's own: over HTTP/1.0 a body that is cut could not be told from one that is whole.
+    *response.version_mut() = Version::HTTP_11;
     let was = awake.was;
     if response.status() == StatusCode::SWITCHING_PROTOCOLS && upgrade.is_some() {
         let guest = hyper::upgrade::on(&mut response);
@@ -74,6 +81,19 @@ async fn try_forward(call: Call, port: u16) -> Result<Response, Refusal> {
             frame
         }))
     }))
+}
+
+/// Wakes the sprite and connects. One that is put to sleep in between is woken again: nothing has been sent yet.
+async fn reach(wake: Wake, id: SpriteId, port: u16) -> Result<(Awake, Box<dyn GuestStream>), Refusal> {
+    for _ in 0..REACH_ATTEMPTS {
+        let awake = wake.up(id).await?;
+        match guest_stream::dial(&awake, port, Way::Any).await {
+            Ok(stream) => return Ok((awake, stream)),
+            Err(DialError::Gone { .. }) => {}
+            Err(error) => return Err(refuse_dial(&error)),
+        }
+    }
+    Err(Refusal::interrupted())
 }
 
 /// Makes the request one for the guest. Returns the protocol it wants to change to.
@@ -137,6 +157,7 @@ async fn splice(client: hyper::upgrade::OnUpgrade, guest: hyper::upgrade::OnUpgr
 
 fn refuse_dial(error: &DialError) -> Refusal {
     let (status, code, text, message) = match error {
+        DialError::Gone { .. } => return Refusal::interrupted(),
         DialError::NothingListens { port } => (
             StatusCode::BAD_GATEWAY,
             "SPR-P01",

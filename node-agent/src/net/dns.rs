@@ -32,6 +32,7 @@ const CONNECTIONS_MAX: usize = 16;
 const CONNECTION_IDLE: Duration = Duration::from_secs(30);
 const TRY_LIMIT: Duration = Duration::from_millis(2500);
 const TRIES_MAX: usize = 3;
+const ERROR_PAUSE: Duration = Duration::from_millis(50);
 /// Largest message, by the two-byte length of DNS over TCP.
 const MESSAGE_BYTES_MAX: usize = 65535;
 const RESOLV_CONF: &str = "/etc/resolv.conf";
@@ -153,8 +154,12 @@ async fn serve_udp(socket: UdpSocket, resolvers: Resolvers, queries: Arc<Semapho
     loop {
         let (len, guest) = match socket.recv_from(&mut buffer).await {
             Ok(received) => received,
-            // An ICMP error of an earlier answer is reported here; the socket is fine.
-            Err(_error) => continue,
+            // An ICMP error of an earlier answer is reported here, and the socket is fine; one that lasts must not take the processor.
+            Err(error) => {
+                tracing::trace!(%error, "the name server cannot receive a query");
+                tokio::time::sleep(ERROR_PAUSE).await;
+                continue;
+            }
         };
         while under_way.try_join_next().is_some() {}
         let Ok(permit) = Arc::clone(&queries).try_acquire_owned() else { continue };

@@ -26,6 +26,21 @@ use super::{GATEWAY_MAC, GATEWAY_V4, GATEWAY_V6, Names, NetError, rules, system}
 pub(super) const FOLDER: &str = "/run/netns";
 const TAP: &str = "tap0";
 
+/// Makes the folder a shared mount of its own, as `ip netns add` does when it is first used on a host. Done later, that would lie over the names we have
+/// made, and hold them for ever: "device or resource busy".
+pub(super) fn set_up_folder() -> io::Result<()> {
+    fs::create_dir_all(FOLDER)?;
+    // One at a time; `ip` takes the same lock.
+    let folder = File::open(FOLDER)?;
+    folder.lock()?;
+    let share = || mount(None::<&str>, FOLDER, None::<&str>, MsFlags::MS_SHARED | MsFlags::MS_REC, None::<&str>);
+    if share() == Err(Errno::EINVAL) {
+        mount(Some(FOLDER), FOLDER, None::<&str>, MsFlags::MS_BIND | MsFlags::MS_REC, None::<&str>)?;
+        share()?;
+    }
+    Ok(())
+}
+
 /// Makes the namespace of a slot with everything in it. The slot must be free.
 pub(super) fn create(names: &Names, slot: u32, uid: u32) -> Result<(), NetError> {
     let path = names.netns(slot);

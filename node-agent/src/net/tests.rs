@@ -380,3 +380,20 @@ async fn nonsense_is_refused_in_words() {
     assert!(matches!(network.attach(SLOTS_MAX, UID).await, Err(NetError::BadSlot { .. })));
     network.stop().await.unwrap();
 }
+
+#[test]
+fn an_instance_takes_a_block_that_no_other_uses_and_keeps_its_own() {
+    let interface = |name: &str, address: u32| (name.to_owned(), Some(Ipv4Addr::from(address)));
+    let names = |instance: &str, interfaces: &[(String, Option<Ipv4Addr>)]| Names::new(instance, interfaces).unwrap();
+    let alone = names("abcd", &[]).base;
+    assert_eq!(names("", &[]).base, POOL_BASE);
+    let taken = interface("spvwxyz-3", alone + 13);
+    let beside = names("abcd", std::slice::from_ref(&taken)).base;
+    assert_ne!(beside, alone, "two instances on one block");
+    // Its own VMs live there, whoever came later.
+    let own = interface("spvabcd-0", beside + 1);
+    assert_eq!(names("abcd", &[taken, own]).base, beside);
+    assert_eq!(names("abcd", &[interface("eth0", alone + 1)]).base, alone, "not one of ours");
+    let all: Vec<_> = (0..BLOCKS).map(|block| interface("spvwxyz-1", POOL_BASE + block * BLOCK_ADDRESSES)).collect();
+    assert!(matches!(Names::new("abcd", &all), Err(NetError::NoBlock(_))));
+}

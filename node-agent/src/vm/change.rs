@@ -347,7 +347,18 @@ pub(crate) async fn try_boot(resources: &Resources, parts: &mut Parts, fresh: bo
         process.announce_disk_size(volume.size_bytes()).await.map_err(|error| BootError::failed(&error))?;
     }
     configure(process, parts.record.as_ref(), fresh).await.map_err(|error| BootError::failed(&error))?;
-    start_environment(&process.agent).await.map_err(|error| BootError::failed(&error))
+    start_environment(&process.agent).await.map_err(|error| BootError::failed(&error))?;
+    process.start_is_finished().map_err(|error| BootError::failed(&error))
+}
+
+/// Starts the environment of a VM that was met again, if it does not run: it ended, or a host died while it was starting it.
+pub(crate) async fn mend_environment(process: &VmProcess, record: Option<&SpriteRecord>) -> Result<(), GuestError> {
+    if process.agent.hello().environment() == agent::EnvironmentState::Started {
+        return Ok(());
+    }
+    tracing::warn!(sprite = %process.note.sprite, "its environment does not run; starting it");
+    configure(process, record, false).await?;
+    start_environment(&process.agent).await
 }
 
 /// Sends identity, time and entropy. Before user code runs, after every start (machine-and-vm.md).

@@ -57,6 +57,55 @@ fn an_order_to_sleep_beats_open_connections_until_the_next_request() {
 }
 
 #[test]
+fn an_order_to_sleep_is_carried_out_before_a_request_that_comes_on_the_way_down() {
+    let start = Instant::now();
+    for (depth, down, asleep, up) in [
+        (Depth::Paused, Change::Pause, Settled::Paused, Change::Unpause),
+        (Depth::Suspended, Change::Suspend, Settled::Suspended, Change::Resume),
+        (Depth::Cold, Change::GoCold, Settled::Cold, Change::Boot),
+    ] {
+        let mut vm = running(start);
+        assert_eq!(vm.step(Event::SleepOrdered(depth), start), Ok(Some(down)));
+        assert_eq!(vm.step(Event::Used, at(start, 1)), Ok(None));
+        assert_eq!(vm.step(Event::Settled(asleep), at(start, 2)), Ok(Some(up)), "the request waits");
+        assert_eq!(vm.step(Event::Settled(Settled::Running), at(start, 3)), Ok(None), "the order is over");
+    }
+}
+
+#[test]
+fn an_order_to_sleep_that_comes_during_a_wake_holds_and_the_request_is_served_after_it() {
+    let start = Instant::now();
+    let mut vm = Vm::new(Settled::Suspended, IdlePolicy::default(), false, start);
+    assert_eq!(vm.step(Event::Used, start), Ok(Some(Change::Resume)));
+    assert_eq!(vm.step(Event::SleepOrdered(Depth::Suspended), start), Ok(None));
+    assert_eq!(vm.step(Event::Settled(Settled::Running), at(start, 1)), Ok(Some(Change::Suspend)));
+    assert_eq!(vm.step(Event::Settled(Settled::Suspended), at(start, 2)), Ok(Some(Change::Resume)));
+    assert_eq!(vm.step(Event::Settled(Settled::Running), at(start, 3)), Ok(None));
+}
+
+#[test]
+fn the_deepest_of_several_orders_is_carried_out() {
+    let start = Instant::now();
+    let mut vm = running(start);
+    assert_eq!(vm.step(Event::Tick, at(start, 30)), Ok(Some(Change::Pause)));
+    vm.step(Event::SleepOrdered(Depth::Cold), at(start, 30)).unwrap();
+    vm.step(Event::Used, at(start, 30)).unwrap();
+    vm.step(Event::SleepOrdered(Depth::Paused), at(start, 30)).unwrap();
+    assert_eq!(vm.step(Event::Settled(Settled::Paused), at(start, 31)), Ok(Some(Change::GoCold)));
+    assert_eq!(vm.step(Event::Settled(Settled::Cold), at(start, 32)), Ok(Some(Change::Boot)));
+}
+
+#[test]
+fn an_order_to_sleep_that_fails_is_over() {
+    let start = Instant::now();
+    let mut vm = running(start);
+    assert_eq!(vm.step(Event::SleepOrdered(Depth::Suspended), start), Ok(Some(Change::Suspend)));
+    assert_eq!(vm.step(Event::Settled(Settled::Running), at(start, 1)), Ok(None));
+    assert_eq!(vm.step(Event::SleepOrdered(Depth::Cold), at(start, 2)), Ok(Some(Change::GoCold)));
+    assert_eq!(vm.step(Event::Settled(Settled::Suspended), at(start, 3)), Ok(None), "the bucket is away");
+}
+
+#[test]
 fn always_on_never_sleeps_by_itself_and_wakes_by_itself() {
     let start = Instant::now();
     let mut vm = Vm::new(Settled::Cold, IdlePolicy::default(), true, start);
@@ -186,48 +235,94 @@ fn allowed_from(change: &Change, from: &State) -> bool {
     }
 }
 
+/// What was ordered and not yet done, kept without the machine's own rules.
+#[derive(Debug, Default)]
+struct OpenOrder(Option<Depth>);
+
+impl OpenOrder {
+    fn given(&mut self, depth: Depth, state: &State) {
+        if depth_of(state) < Some(depth) {
+            self.0 = self.0.max(Some(depth));
+        }
+    }
+
+    /// A change ended: fulfilled, or failed, or still open.
+    fn ended(&mut self, change: &Change, settled: Settled) {
+        let failed =
+            matches!(change, Change::Pause | Change::Suspend | Change::GoCold) && settled != outcomes(change)[0];
+        if failed || depth_of(&settled.into()) >= self.0 {
+            self.0 = None;
+        }
+    }
+}
+
+fn depth_of(state: &State) -> Option<Depth> {
+    match state {
+        State::Paused => Some(Depth::Paused),
+        State::Suspended => Some(Depth::Suspended),
+        State::Cold | State::Failed | State::Destroyed => Some(Depth::Cold),
+        State::Creating | State::Running | State::Changing(_) => None,
+    }
+}
+
 proptest! {
-    /// Random events and outcomes: one change at a time, each from a legal state; destroyed stays destroyed; a used sprite comes up.
+    /// Random events and outcomes: one change at a time, each from a legal state; destroyed stays destroyed; an order to sleep is carried out before
+    /// anything wakes the sprite; a used sprite comes up.
     #[test]
     fn the_machine_keeps_its_promises(
-        events in proptest::collection::vec((any_event(), 0u64..120, any::<prop::sample::Index>()), 1..200),
+        events in proptest::collection::vec((any_event(), 0u64..120, any::<prop::sample::Index>(), any::<bool>()), 1..200),
     ) {
         let start = Instant::now();
         let mut now = start;
         let mut vm = running(now);
+        let mut order = OpenOrder::default();
         let mut under_way: Option<Change> = None;
-        for (event, seconds, pick) in events {
+        for (event, seconds, pick, ends) in events {
             now += Duration::from_secs(seconds);
-            // Every other step the change under way ends somewhere.
-            if let Some(change) = under_way.take() {
-                let settled = *pick.get(&outcomes(&change));
-                let before = State::from(settled);
-                let next = vm.step(Event::Settled(settled), now).expect("a change was under way");
-                if let Some(next) = next {
-                    prop_assert!(allowed_from(&next, &before), "{next:?} from {before:?}");
-                    under_way = Some(next);
-                }
-                continue;
-            }
             let before = vm.state().clone();
-            match vm.step(event, now) {
-                Ok(Some(change)) => {
-                    // The process may have died in the same step.
-                    prop_assert!(allowed_from(&change, &before) || allowed_from(&change, &State::Failed), "{change:?} from {before:?}");
-                    under_way = Some(change);
+            let next = match under_way.take() {
+                Some(change) if ends => {
+                    let settled = *pick.get(&outcomes(&change));
+                    order.ended(&change, settled);
+                    let next = vm.step(Event::Settled(settled), now).expect("a change was under way");
+                    if let Some(next) = &next {
+                        prop_assert!(allowed_from(next, &settled.into()), "{next:?} from {settled:?}");
+                    }
+                    next
                 }
-                Ok(None) => {}
-                Err(refused) => prop_assert!(refused == Refused::Destroyed || refused == Refused::JobPending),
-            }
+                busy => {
+                    let stepped = vm.step(event.clone(), now);
+                    match (&stepped, event) {
+                        (Ok(_), Event::SleepOrdered(depth)) => order.given(depth, &before),
+                        (Ok(_), _) => {}
+                        (Err(refused), _) => prop_assert!(matches!(refused, Refused::Destroyed | Refused::JobPending)),
+                    }
+                    let next = stepped.ok().flatten();
+                    prop_assert!(busy.is_none() || next.is_none(), "a second change, {next:?}, beside {busy:?}");
+                    if let Some(next) = &next {
+                        // The process may have died in the same step.
+                        prop_assert!(allowed_from(next, &before) || allowed_from(next, &State::Failed), "{next:?} from {before:?}");
+                    }
+                    under_way = busy;
+                    next
+                }
+            };
             prop_assert!(before != State::Destroyed || *vm.state() == State::Destroyed);
-            under_way = under_way.or(assert_no_spin(&mut vm, now));
+            if *vm.state() == State::Failed {
+                order = OpenOrder::default();
+            }
+            let begun = next.or_else(|| assert_no_spin(&mut vm, now));
+            if let Some(Change::Unpause | Change::Resume | Change::Boot) = begun {
+                prop_assert!(order.0.is_none(), "woken against {order:?}: {vm:?}");
+            }
+            under_way = begun.or(under_way);
         }
         // A new request brings it up within a few successful changes, unless it is to be destroyed.
         let mut change = under_way;
         if let Ok(Some(next)) = vm.step(Event::Used, now) {
             change = Some(next);
         }
-        for _ in 0..4 {
+        for _ in 0..6 {
             let Some(done) = change.take() else { break };
             change = vm.step(Event::Settled(outcomes(&done)[0]), now).expect("a change was under way");
         }

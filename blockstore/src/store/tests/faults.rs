@@ -2,7 +2,10 @@
 
 use std::sync::Mutex;
 
-use futures_util::stream::BoxStream;
+use futures_util::{
+    StreamExt,
+    stream::{self, BoxStream},
+};
 use object_store::{
     CopyOptions, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore, PutMultipartOptions,
     PutOptions, PutPayload, PutResult, memory::InMemory, path::Path as StorePath,
@@ -21,6 +24,10 @@ pub(super) struct FaultyStore {
 pub(super) enum Fault {
     /// No answer to anything.
     Away,
+    /// The same, after so many requests.
+    AwayAfter(u32),
+    /// Everything can be read, nothing written.
+    ReadOnly,
     /// Packs are written, heads are not.
     HeadsRefused,
     /// The next write of a head takes effect, and its answer is lost.
@@ -32,12 +39,28 @@ impl FaultyStore {
         *self.fault.lock().unwrap() = fault;
     }
 
+    /// Requests until [`Fault::AwayAfter`] begins.
+    pub(super) fn left(&self) -> u32 {
+        match *self.fault.lock().unwrap() {
+            Some(Fault::AwayAfter(left)) => left,
+            _ => 0,
+        }
+    }
+
     fn check(&self, location: &StorePath, write: bool) -> object_store::Result<bool> {
         let mut fault = self.fault.lock().unwrap();
         let head = location.as_ref().ends_with("/head");
         let broken = || Err(object_store::Error::Generic { store: "faulty", source: "on demand".into() });
         match *fault {
-            Some(Fault::Away) => broken(),
+            Some(Fault::Away | Fault::AwayAfter(0)) => broken(),
+            Some(Fault::AwayAfter(left)) => {
+                *fault = Some(Fault::AwayAfter(left - 1));
+                Ok(false)
+            }
+            Some(Fault::ReadOnly) if write => {
+                let source = std::io::Error::from(std::io::ErrorKind::ReadOnlyFilesystem);
+                Err(object_store::Error::Generic { store: "faulty", source: source.into() })
+            }
             Some(Fault::HeadsRefused) if head && write => broken(),
             Some(Fault::HeadAnswerLost) if head && write => {
                 *fault = None;
@@ -87,11 +110,17 @@ impl ObjectStore for FaultyStore {
         &self,
         locations: BoxStream<'static, object_store::Result<StorePath>>,
     ) -> BoxStream<'static, object_store::Result<StorePath>> {
-        self.inner.delete_stream(locations)
+        match self.check(&StorePath::default(), true) {
+            Ok(_) => self.inner.delete_stream(locations),
+            Err(error) => stream::once(async { Err(error) }).boxed(),
+        }
     }
 
     fn list(&self, prefix: Option<&StorePath>) -> BoxStream<'static, object_store::Result<ObjectMeta>> {
-        self.inner.list(prefix)
+        match self.check(&StorePath::default(), false) {
+            Ok(_) => self.inner.list(prefix),
+            Err(error) => stream::once(async { Err(error) }).boxed(),
+        }
     }
 
     async fn list_with_delimiter(&self, prefix: Option<&StorePath>) -> object_store::Result<ListResult> {
@@ -236,4 +265,101 @@ async fn releasing_without_a_bucket_fails_in_time_and_the_volume_stays() {
     volume.release().await.unwrap();
     let head = site.store().checkpoints(SpriteId::generate()).await;
     assert!(matches!(head, Err(CheckpointError::Store(error)) if matches!(*error, StoreError::Unknown { .. })));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_read_only_bucket_says_so_and_gets_everything_later() {
+    let mut site = Site::new(Limits { order: Duration::from_millis(500), ..small_limits() }).await;
+    let volume = site.volume(1 << 20).await;
+    let id = volume.id();
+    write(&volume, 0, &noise(1, 65536)).await;
+    volume.push().await.unwrap();
+    site.faults.set(Some(Fault::ReadOnly));
+    write(&volume, 4096, &noise(2, 65536)).await;
+    let sealed = volume.seal_checkpoint(meta("")).await.unwrap();
+    assert!(!sealed.durable);
+    let advice = |error: VolumeError| {
+        let text = format!("{error}: {}", std::error::Error::source(&error).unwrap());
+        assert!(text.contains("read-only; make it writable"), "{text}");
+    };
+    advice(volume.push().await.unwrap_err());
+    advice(volume.clone().release().await.unwrap_err());
+    assert!(matches!(volume.wait_durable(&sealed.id).await, Err(CheckpointError::Volume(VolumeError::Slow(_)))));
+    // The guest goes on, also over a crash of the host.
+    write(&volume, 200_000, &noise(3, 4096)).await;
+    volume.flush().await.unwrap();
+    let expected = read_all(&volume).await;
+    assert!(expected[4096..69_632] == noise(2, 65536));
+    site.crash(volume, None).await;
+    site.faults.set(None);
+    site.limits.order = small_limits().order;
+    site.open().await;
+    let volume = site.store().acquire(id).await.unwrap();
+    volume.release().await.unwrap();
+    site.wipe();
+    site.open().await;
+    let volume = site.store().acquire(id).await.unwrap();
+    assert!(read_all(&volume).await == expected);
+    assert!(volume.checkpoints().await[0].durable);
+}
+
+/// A small file system of its own, as root.
+struct SmallDisk(PathBuf);
+
+impl SmallDisk {
+    fn mount(at: PathBuf, bytes: u64) -> Option<Self> {
+        fs::create_dir_all(&at).unwrap();
+        let options = format!("size={bytes}");
+        let flags = nix::mount::MsFlags::empty();
+        match nix::mount::mount(Some("small"), &at, Some("tmpfs"), flags, Some(options.as_str())) {
+            Ok(()) => Some(Self(at)),
+            Err(error) => {
+                eprintln!("SKIPPED: cannot mount a small disk: {error}; run as root");
+                None
+            }
+        }
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        nix::mount::umount2(&self.0, nix::mount::MntFlags::MNT_DETACH).unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_disk_refuses_writes_and_loses_none() {
+    let mut site = Site::new(Limits { push_bytes: 64 << 10, ..small_limits() }).await;
+    drop(site.store.take());
+    site.wipe();
+    let Some(_disk) = SmallDisk::mount(site.store_dir(), 8 << 20) else { return };
+    site.open().await;
+    let volume = site.volume(64 << 20).await;
+    site.faults.set(Some(Fault::Away));
+    let mut written = 0;
+    let refused = loop {
+        assert!(written < 200, "the disk does not fill");
+        match volume.write(written << 16, noise(written, 65536).into()).await {
+            Ok(()) => written += 1,
+            Err(error) => break error,
+        }
+    };
+    assert_eq!(refused, DeviceError::NoSpace);
+    assert!(written > 32, "only {written} writes");
+    // What was accepted is there, also for the next process; a seal says what is the matter, or is really there.
+    volume.flush().await.unwrap();
+    let sealed = volume.seal_checkpoint(meta("")).await;
+    assert!(matches!(sealed, Ok(_) | Err(CheckpointError::Volume(VolumeError::NoSpace))), "{sealed:?}");
+    let id = volume.id();
+    site.crash(volume, None).await;
+    site.faults.set(None);
+    let volume = site.store().acquire(id).await.unwrap();
+    for at in 0..written {
+        assert!(read(&volume, at << 16, 65536).await == noise(at, 65536), "write {at}");
+    }
+    assert_eq!(volume.checkpoints().await.len(), usize::from(sealed.is_ok()));
+    // Space comes back with the bucket.
+    eventually("pushed", async || volume.status().unpushed_bytes == 0).await;
+    eventually("written again", async || volume.write(written << 16, noise(written, 65536).into()).await.is_ok()).await;
+    assert!(read(&volume, written << 16, 65536).await == noise(written, 65536));
 }

@@ -58,6 +58,25 @@ async fn an_import_killed_half_way_begins_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_filled_base_keeps_the_image_and_costs_little() {
+    let site = Site::new(small_limits()).await;
+    let image = [noise(1, 65536), vec![0; 65536], noise(2, 65536)].concat();
+    fs::write(site.dir.path().join("image"), &image).unwrap();
+    fs::File::options().write(true).open(site.dir.path().join("image")).unwrap().set_len(8 << 30).unwrap();
+    let (path, filled) = (site.dir.path().join("image"), [0..3 * 65536, 1 << 30..(5 << 30) + 100]);
+    let base = site.store().ensure_filled_base(&path, "filled", &filled, |_, _| {}).await.unwrap();
+    let volume = site.store().create(SpriteId::generate(), &base, 8 << 30).await.unwrap();
+    let used = volume.status().used_bytes;
+    assert_eq!(used, (4 << 30) + 3 * 65536);
+    let first = read(&volume, 0, 3 * 65536).await;
+    assert!(first[..65536] == image[..65536] && first[131_072..] == image[131_072..]);
+    assert!(!super::super::frame::is_zero(&first[65536..131_072]), "filled");
+    assert_eq!(read(&volume, (5 << 30) - 65536, 131_072).await[65536..], [0; 65536]);
+    let there: u64 = site.bucket().list("v1/tmpl").await.unwrap().iter().map(|entry| entry.size_bytes).sum();
+    assert!(there < 40 << 20, "{there} bytes for {used}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn wrong_sizes_and_images_are_refused() {
     let site = Site::new(small_limits()).await;
     let base = site.base(&[1; 65536], "small").await;

@@ -1,0 +1,321 @@
+//! The sprite's life in this VM: who it is, and that its environment knows.
+//!
+//! ```text
+//!  Golden ── Configure, with the host's entropy ──▶ Configured ── the environment runs ──▶ `due` is brought to its disk
+//!                                                       ▲  │
+//!                                                       └──┘ Configure again: another name, another resolver, a first life
+//! ```
+//!
+//! # Invariants
+//!
+//! 1. *Begun is done.* A start, and what a configuration changes on the disk, run in tasks of their own: tonic drops a call when the host's session
+//!    breaks off, and a half-started environment would be in the way of every later one until the VM ends.
+//! 2. *A repeated call completes.* Its answer means that the identity is on the disk and `api.sock` is served, whoever began.
+//! 3. A golden VM makes no ids: all its clones would share them (ruling 21).
+
+use std::{
+    collections::BTreeMap,
+    io,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use proto::agent::ConfigureRequest;
+use tonic::Status;
+
+use crate::{
+    api::{self, Api},
+    environment::{Environment, Phase, Started},
+    exec::Sessions,
+    identity::{self, Identity},
+    log, sys,
+    watch::Hub,
+};
+
+/// Quick kinds only: under emulation an RSA key takes half a minute.
+const MAKE_HOST_KEYS: &str =
+    "for kind in ed25519 ecdsa; do nice ssh-keygen -q -t $kind -N '' -f /etc/ssh/ssh_host_${kind}_key; done";
+
+/// The parts that a start brings together.
+#[derive(Debug)]
+pub(crate) struct Life {
+    environment: Arc<Environment>,
+    sessions: Arc<Sessions>,
+    hub: Arc<Hub>,
+    state: Mutex<State>,
+    /// Whether the environment that runs has everything a start gives it. Held while it is given.
+    complete: tokio::sync::Mutex<bool>,
+}
+
+#[derive(Debug, Default)]
+enum State {
+    /// The host has not said who this is.
+    #[default]
+    Golden,
+    Configured(Configured),
+}
+
+#[derive(Debug, Default)]
+struct Configured {
+    identity: Identity,
+    due: Due,
+    /// The file system has a UUID of its own. It is made once, when an anonymous sprite of the pool starts, not again when that one is named.
+    own_uuid: bool,
+}
+
+/// What of the identity the disk does not have yet; more includes less.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+enum Due {
+    #[default]
+    Nothing,
+    /// Name and resolver.
+    Files,
+    /// All that must differ between sprites, at the beginning of a sprite's first life.
+    Fresh,
+}
+
+/// What is to be done on the disk, for whom.
+#[derive(Debug, PartialEq, Eq)]
+struct Work {
+    identity: Identity,
+    due: Due,
+    renew_uuid: bool,
+}
+
+impl State {
+    fn configure(&mut self, identity: Identity, fresh: bool) {
+        let Configured { identity: before, due, own_uuid } = match std::mem::take(self) {
+            Self::Golden => Configured::default(),
+            Self::Configured(configured) => configured,
+        };
+        let moved = (&before.name, &before.dns) != (&identity.name, &identity.dns);
+        let news = match (fresh, moved) {
+            (true, _) => Due::Fresh,
+            (false, true) => Due::Files,
+            (false, false) => Due::Nothing,
+        };
+        *self = Self::Configured(Configured { identity, due: due.max(news), own_uuid });
+    }
+
+    /// Something of `due` is to be done (again).
+    fn owe(&mut self, due: Due) {
+        if let Self::Configured(configured) = self {
+            configured.due = configured.due.max(due);
+        }
+    }
+
+    fn take_work(&mut self) -> Option<Work> {
+        let Self::Configured(Configured { identity, due, own_uuid }) = self else { return None };
+        let due = std::mem::take(due);
+        if due == Due::Nothing {
+            return None;
+        }
+        let renew_uuid = due == Due::Fresh && !std::mem::replace(own_uuid, true);
+        Some(Work { identity: identity.clone(), due, renew_uuid })
+    }
+}
+
+impl Life {
+    pub(crate) fn new(environment: Arc<Environment>, sessions: Arc<Sessions>, hub: Arc<Hub>) -> Arc<Self> {
+        let complete = tokio::sync::Mutex::new(false);
+        Arc::new(Self { environment, sessions, hub, state: Mutex::default(), complete })
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Empty in a golden VM.
+    pub(crate) fn identity(&self) -> Identity {
+        match &*self.state() {
+            State::Golden => Identity::default(),
+            State::Configured(configured) => configured.identity.clone(),
+        }
+    }
+
+    /// Environment variables for commands.
+    pub(crate) fn env(&self) -> BTreeMap<String, String> {
+        self.identity().env
+    }
+
+    /// Empty in a golden VM: reading it makes it, and its clones must differ.
+    pub(crate) fn boot_id(&self) -> String {
+        match &*self.state() {
+            State::Golden => String::new(),
+            State::Configured(_) => identity::boot_id(),
+        }
+    }
+
+    /// Takes what the host says of the sprite. Returns how far the clock was off, in ms.
+    pub(crate) async fn configure(self: &Arc<Self>, request: ConfigureRequest) -> Result<i64, Status> {
+        let machine = request.clone();
+        let off = tokio::task::spawn_blocking(move || identity::configure_machine(&machine)).await;
+        let off = off.map_err(|error| Status::internal(error.to_string()))?;
+        let clock_was_off_ms = off.map_err(|error| Status::failed_precondition(error.to_string()))?;
+        let fresh = request.fresh_identity;
+        self.state().configure(request.into(), fresh);
+        // One that starts meanwhile finds what is due itself.
+        if self.environment.phase() == Phase::Started {
+            let life = Arc::clone(self);
+            detached(async move {
+                let _change = life.complete.lock().await;
+                life.bring_identity().await
+            })
+            .await?;
+        }
+        Ok(clock_was_off_ms)
+    }
+
+    /// Starts the environment if there is none, and completes it.
+    pub(crate) async fn start(self: &Arc<Self>) -> Result<Started, Status> {
+        let life = Arc::clone(self);
+        detached(async move { life.start_now().await }).await
+    }
+
+    async fn start_now(self: &Arc<Self>) -> Result<Started, Status> {
+        let mut complete = self.complete.lock().await;
+        let started = self.environment.start().await.map_err(|error| Status::failed_precondition(error.to_string()))?;
+        if !started.already {
+            *complete = false;
+            self.state().owe(Due::Files);
+        }
+        if !*complete {
+            self.bring_identity().await?;
+            let api = Api { hub: Arc::clone(&self.hub), life: Arc::clone(self) };
+            api::start(api, &self.environment).await.map_err(unavailable)?;
+            *complete = true;
+        }
+        Ok(started)
+    }
+
+    /// Brings what is due to the disk of the running environment.
+    async fn bring_identity(&self) -> Result<(), Status> {
+        let Some(work) = self.state().take_work() else { return Ok(()) };
+        let due = work.due;
+        let brought = self.bring(work).await;
+        if brought.is_err() {
+            self.state().owe(due);
+        }
+        brought
+    }
+
+    /// What cannot be done on the disk is logged: users may have changed anything there.
+    async fn bring(&self, work: Work) -> Result<(), Status> {
+        let volume = self.environment.volume().map_err(unavailable)?;
+        let Work { identity, due, renew_uuid } = work;
+        let uuid = tokio::task::spawn_blocking(move || {
+            if renew_uuid && let Err(error) = identity::renew_filesystem_uuid(&volume) {
+                log!("the file system keeps its UUID: {error}");
+            }
+            sys::ext4_uuid(&volume)
+        });
+        let uuid = uuid.await.map_err(io::Error::other).flatten();
+        let fresh = due == Due::Fresh;
+        let make_keys = self.environment.inside(move || {
+            identity::write_files(&identity, fresh);
+            match uuid {
+                Ok(uuid) => {
+                    if let Err(error) = identity::write_device_record(uuid) {
+                        log!("no record of the disk: {error}");
+                    }
+                }
+                Err(error) => log!("cannot read the file system's UUID: {error}"),
+            }
+            // An anonymous sprite of the pool gets its keys when it is named.
+            fresh && !identity.url.is_empty() && identity::drop_ssh_host_keys()
+        });
+        if make_keys.await.map_err(unavailable)? {
+            tokio::spawn(make_host_keys(Arc::clone(&self.sessions)));
+        }
+        Ok(())
+    }
+}
+
+async fn make_host_keys(sessions: Arc<Sessions>) {
+    match sessions.run_quietly(&["/bin/sh", "-c", MAKE_HOST_KEYS]).await {
+        Ok(exit) if exit.code() == 0 => {}
+        Ok(exit) => log!("{}: exit {}", identity::SSH_KEYGEN, exit.code()),
+        Err(status) => log!("{}: {}", identity::SSH_KEYGEN, status.message()),
+    }
+}
+
+/// Runs `work` to its end, also when nobody waits for it any more.
+async fn detached<T: Send + 'static>(
+    work: impl Future<Output = Result<T, Status>> + Send + 'static,
+) -> Result<T, Status> {
+    tokio::spawn(work).await.map_err(|error| Status::internal(format!("the agent's own task failed: {error}")))?
+}
+
+fn unavailable(error: impl std::fmt::Display) -> Status {
+    Status::unavailable(error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    fn named(name: &str) -> Identity {
+        Identity { name: name.into(), ..Identity::default() }
+    }
+
+    fn work(name: &str, due: Due, renew_uuid: bool) -> Option<Work> {
+        Some(Work { identity: named(name), due, renew_uuid })
+    }
+
+    #[test]
+    fn a_golden_vm_has_nothing_to_bring() {
+        let mut state = State::default();
+        state.owe(Due::Files);
+        assert_eq!(state.take_work(), None);
+    }
+
+    #[test]
+    fn a_first_life_is_brought_once() {
+        let mut state = State::default();
+        state.configure(named("demo"), true);
+        state.owe(Due::Files);
+        assert_eq!(state.take_work(), work("demo", Due::Fresh, true));
+        assert_eq!(state.take_work(), None);
+        state.configure(named("demo"), false);
+        assert_eq!(state.take_work(), None, "nothing has changed");
+        state.configure(named("other"), false);
+        assert_eq!(state.take_work(), work("other", Due::Files, false));
+    }
+
+    #[test]
+    fn a_sprite_of_the_pool_keeps_its_uuid_when_it_is_named() {
+        let mut state = State::default();
+        state.configure(named(""), true);
+        assert_eq!(state.take_work(), work("", Due::Fresh, true));
+        state.configure(named("demo"), true);
+        assert_eq!(state.take_work(), work("demo", Due::Fresh, false));
+    }
+
+    #[test]
+    fn what_failed_stays_due_for_the_next_call() {
+        let mut state = State::default();
+        state.configure(named("demo"), true);
+        let failed = state.take_work().unwrap();
+        // The host comes back, does not know, and says less.
+        state.configure(named("demo"), false);
+        state.owe(failed.due);
+        assert_eq!(state.take_work(), work("demo", Due::Fresh, false));
+    }
+
+    #[tokio::test]
+    async fn a_start_goes_on_when_its_caller_breaks_off() {
+        let (go, may_go) = tokio::sync::oneshot::channel::<()>();
+        let (done, is_done) = tokio::sync::oneshot::channel();
+        let call = detached(async move {
+            drop(may_go.await);
+            assert!(done.send("completed").is_ok());
+            Ok(())
+        });
+        // The call is dropped while it waits, as tonic does when the host's session ends.
+        assert!(futures_util::poll!(Box::pin(call)).is_pending());
+        drop(go);
+        let done = tokio::time::timeout(Duration::from_secs(10), is_done).await;
+        assert_eq!(done.expect("nobody runs the call any more"), Ok("completed"));
+    }
+}
