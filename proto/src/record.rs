@@ -178,6 +178,15 @@ impl Default for IdlePolicy {
 mod tests {
     use super::*;
 
+    #[test]
+    fn a_records_key_is_read_back_and_no_other_object_is_taken_for_one() {
+        let id = SpriteId::generate();
+        assert_eq!(id_of_key(&key(id)), Some(id));
+        for other in [format!("v1/sprites/{id}/head"), format!("v1/sprites/{id}"), "v1/sprites/x/rec".to_owned()] {
+            assert_eq!(id_of_key(&other), None, "{other}");
+        }
+    }
+
     fn at(second: i64) -> Timestamp {
         Timestamp::from_second(1_700_000_000 + second).expect("a date")
     }
@@ -228,13 +237,5 @@ mod tests {
         assert_eq!(missed.next_wake(), Some(at(500)));
         missed.finish_wakes(at(500));
         assert_eq!(missed.next_wake(), None);
-    }
-    #[test]
-    fn a_records_key_is_read_back_and_no_other_object_is_taken_for_one() {
-        let id = SpriteId::generate();
-        assert_eq!(id_of_key(&key(id)), Some(id));
-        for other in [format!("v1/sprites/{id}/head"), format!("v1/sprites/{id}"), "v1/sprites/x/rec".to_owned()] {
-            assert_eq!(id_of_key(&other), None, "{other}");
-        }
     }
 }

@@ -366,7 +366,7 @@ mod tests {
     use super::*;
 
     /// The host's codes, with the statuses it gives them.
-    const OF_A_HOST: [(&str, &str); 7] = [
+    const OF_A_HOST: [(&str, &str); 8] = [
         ("SPR-N01", "404"),
         ("SPR-P01", "502"),
         ("SPR-P02", "502, 504"),
@@ -374,6 +374,7 @@ mod tests {
         ("SPR-W01", "503"),
         ("SPR-W02", "503"),
         ("SPR-W03", "504"),
+        ("SPR-W04", "503"),
     ];
 
     #[test]
