@@ -142,8 +142,9 @@ run_bench() {
   [ -x bench/run ] || die "bench/run is missing"
   require_debian
   check_rust
-  install_packages "${PACKAGES_RUN[@]}" "${PACKAGES_BUILD[@]}" "${PACKAGES_BENCH[@]}" && install_qemu && resolve_localhost \
-    || die "packages for the benchmarks are missing; see above"
+  install_packages "${PACKAGES_RUN[@]}" "${PACKAGES_BUILD[@]}" "${PACKAGES_BENCH[@]}" || die "packages for the benchmarks are missing; see above"
+  install_qemu || die "there is no QEMU to measure; see above"
+  resolve_localhost || die "*.localhost does not resolve; see above"
   build_image || die "the guest image did not build; see above"
   SPRITES_IMAGE=$IMAGE exec bench/run "$@"
 }
