@@ -264,7 +264,7 @@ impl Workbench<'_> {
         };
         let (made, uid, bytes) = (run.clone(), self.resources.uid(self.slot), self.size.memory_bytes());
         blocking(move || {
-            remove(&made)?;
+            made.remove()?;
             made.prepare(uid)?;
             std::fs::File::create(&made.memory)?.set_len(bytes)?;
             std::os::unix::fs::chown(&made.memory, Some(uid), Some(uid))
@@ -309,7 +309,7 @@ impl Workbench<'_> {
         let (process, log) = self.spawn(&copy, &Start::Incoming).await?;
         let answered = answer_when_loaded(&copy, &made.state(), log).await;
         end(&process).await?;
-        blocking(move || remove(&copy)).await.map_err(|source| GoldenError::Prepare { what: "its folder", source })?;
+        blocking(move || copy.remove()).await.map_err(|source| GoldenError::Prepare { what: "its folder", source })?;
         answered
     }
 }
@@ -317,11 +317,6 @@ impl Workbench<'_> {
 async fn end(process: &Process) -> Result<(), GoldenError> {
     let killed = process.kill(KILL_LIMIT).await;
     killed.map_err(|source| GoldenError::Prepare { what: "the end of its process", source })
-}
-
-fn remove(run: &RunDir) -> io::Result<()> {
-    files::remove_if_there(&run.memory)?;
-    if run.folder.exists() { std::fs::remove_dir_all(&run.folder) } else { Ok(()) }
 }
 
 async fn save_when_up(work: &RunDir, log: PathBuf) -> Result<(), GoldenError> {
@@ -376,5 +371,5 @@ fn publish(work: &RunDir, folder: &Path, id: &str) -> io::Result<()> {
     finish(&new, id)?;
     std::fs::rename(&new, folder)?;
     files::sync_folder(folder.parent().unwrap_or(folder))?;
-    remove(work)
+    work.remove()
 }

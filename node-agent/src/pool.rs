@@ -134,11 +134,7 @@ pub(crate) async fn free(resources: &Resources, mut parts: Parts) {
     if let Err(error) = resources.store.destroy(parts.id).await {
         tracing::warn!(sprite = %parts.id, error = chain(&error), "cannot free an anonymous sprite");
     }
-    let removed = crate::process::blocking(move || {
-        crate::files::remove_if_there(&run.memory)?;
-        if run.folder.exists() { std::fs::remove_dir_all(&run.folder) } else { Ok(()) }
-    });
-    if let Err(error) = removed.await {
+    if let Err(error) = crate::process::blocking(move || run.remove()).await {
         tracing::warn!(%error, "cannot remove the files of an anonymous sprite");
     }
 }

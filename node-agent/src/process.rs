@@ -46,6 +46,9 @@ const QMP_LIMIT: Duration = Duration::from_secs(20);
 const AGENT_LIMIT: Duration = Duration::from_secs(45);
 /// SIGKILL to the end of the process; longer means that the kernel holds it in I/O.
 const KILL_LIMIT: Duration = Duration::from_secs(10);
+/// QEMU's end to its watcher's.
+const WATCHER_LIMIT: Duration = Duration::from_secs(5);
+const WATCHER_POLL: Duration = Duration::from_millis(10);
 /// How long QEMU may take to connect to its disk again.
 const RESIZE_LIMIT: Duration = Duration::from_secs(20);
 const RESIZE_POLL: Duration = Duration::from_millis(20);
@@ -129,6 +132,21 @@ impl RunDir {
             return Err(io::Error::new(io::ErrorKind::InvalidData, "QEMU left no file where its state should be"));
         }
         std::fs::File::open(self.state())?.sync_all()
+    }
+
+    /// Removes everything of a VM whose process has ended; nothing there is fine. The jail's watcher may still be writing down how it ended.
+    pub(crate) fn remove(&self) -> io::Result<()> {
+        files::remove_if_there(&self.memory)?;
+        let deadline = Instant::now() + WATCHER_LIMIT;
+        loop {
+            match std::fs::remove_dir_all(&self.folder) {
+                Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty && Instant::now() < deadline => {
+                    std::thread::park_timeout(WATCHER_POLL);
+                }
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                Ok(()) | Err(_) => return Ok(()),
+            }
+        }
     }
 
     /// Everything of a suspended image, wherever it is.
@@ -550,6 +568,27 @@ pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_folder_in_which_the_watcher_still_writes_is_removed() {
+        let folder = tempfile::tempdir().unwrap();
+        let run = RunDir { folder: folder.path().join("run"), memory: folder.path().join("memory") };
+        std::fs::create_dir_all(&run.folder).unwrap();
+        let writer = std::thread::spawn({
+            let run = run.clone();
+            move || {
+                for _ in 0..50 {
+                    // It fails once the folder is gone.
+                    drop(std::fs::write(run.folder.join("exit.json"), "{}"));
+                    std::thread::park_timeout(Duration::from_millis(1));
+                }
+            }
+        });
+        run.remove().unwrap();
+        writer.join().unwrap();
+        assert!(!run.folder.exists());
+        run.remove().unwrap();
+    }
 
     #[test]
     fn only_a_file_is_taken_out_of_qemus_folder() {

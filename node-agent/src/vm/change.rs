@@ -511,11 +511,7 @@ async fn destroy(resources: &Resources, parts: &mut Parts) -> Outcome {
         return Outcome::failed(format!("cannot free its disk: {}", chain(&error)));
     }
     let run = resources.run_dir(parts.id);
-    let removed = blocking(move || {
-        crate::files::remove_if_there(&run.memory)?;
-        if run.folder.exists() { std::fs::remove_dir_all(&run.folder) } else { Ok(()) }
-    });
-    if let Err(error) = removed.await {
+    if let Err(error) = blocking(move || run.remove()).await {
         tracing::warn!(sprite = %parts.id, %error, "cannot remove its local files");
     }
     Outcome::new(Settled::Destroyed, "destroyed")
