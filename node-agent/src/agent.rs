@@ -56,6 +56,9 @@ const SOCKET_RETRY: Duration = Duration::from_millis(20);
 /// longer than the wait would never be met.
 const MARKER_WAIT_FIRST: Duration = Duration::from_millis(300);
 const MARKER_WAIT_MAX: Duration = Duration::from_secs(5);
+/// First wait for a guest that was met to say who it is; each further one is twice as long. On a busy host one in some copies of a VM with one vCPU was
+/// seen to answer the marker and then nothing, until it was met again.
+const SESSION_WAIT_FIRST: Duration = Duration::from_millis(500);
 /// Unread output of one exec or tunnel in the guest stops at this; the reader's pace is the writer's pace.
 const STREAM_WINDOW_BYTES: u32 = 1 << 20;
 /// The same for all of a sprite's streams, so that one that nobody reads cannot stop the others before eight are stuck.
@@ -121,10 +124,18 @@ impl AgentClient {
     /// `limit` bounds the whole call.
     pub async fn connect(path: &Path, limit: Duration) -> Result<Self, ConnectError> {
         let deadline = Instant::now() + limit;
-        let stream = meet(path, limit, deadline).await?;
-        match tokio::time::timeout_at(deadline, Self::over(stream)).await {
-            Ok(result) => result,
-            Err(_elapsed) => Err(ConnectError::Silent { waited: limit }),
+        let mut wait = SESSION_WAIT_FIRST;
+        loop {
+            let stream = meet(path, limit, deadline).await?;
+            let until = deadline.min(Instant::now() + wait);
+            match tokio::time::timeout_at(until, Self::over(stream)).await {
+                Ok(result) => return result,
+                Err(_elapsed) if Instant::now() >= deadline => return Err(ConnectError::Silent { waited: limit }),
+                Err(_elapsed) => {
+                    tracing::debug!(path = %path.display(), "a guest that was met says nothing; meeting it again");
+                    wait *= 2;
+                }
+            }
         }
     }
 

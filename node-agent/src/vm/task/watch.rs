@@ -23,6 +23,9 @@ use crate::{pid::Process, process::ProcessNote};
 const ENVIRONMENT_RETRIES: [Duration; 4] =
     [Duration::from_secs(1), Duration::from_secs(3), Duration::from_secs(10), Duration::from_secs(30)];
 
+/// QEMU answers in a millisecond. One that does not is looked at again later.
+const LOOK_LIMIT: Duration = Duration::from_secs(1);
+
 /// What has a watcher already. Every change of state comes by here, and a second watcher of the same thing would answer the guest twice.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Watched {
@@ -133,7 +136,12 @@ impl Task {
             return;
         }
         let Some(process) = self.parts.as_ref().and_then(|parts| parts.process.as_ref()) else { return };
-        let stopped = match process.qmp.run_state().await {
+        // The owner waits meanwhile, and with it whoever wants the sprite.
+        let Ok(state) = tokio::time::timeout(LOOK_LIMIT, process.qmp.run_state()).await else {
+            tracing::warn!(sprite = %self.id(), "QEMU does not answer within {LOOK_LIMIT:?}");
+            return;
+        };
+        let stopped = match state {
             Ok(state) => state == "io-error",
             Err(error) => {
                 tracing::warn!(sprite = %self.id(), error = chain(&error), "QEMU does not say how its VM is");
