@@ -12,6 +12,7 @@ import concurrent.futures
 import http.client
 import json
 import os
+import pathlib
 import re
 import ssl
 import statistics
@@ -100,15 +101,8 @@ def bench_create(rounds):
     return pool, cold
 
 
-WRITER = """
-import os, sys, time
-f = os.open("/home/sprite/w", os.O_WRONLY | os.O_CREAT, 0o600)
-end = time.monotonic() + float(sys.argv[1]); worst = 0.0; last = time.monotonic(); n = 0
-while time.monotonic() < end:
-    os.pwrite(f, b"x" * 4096, (n % 4096) * 4096); n += 1
-    now = time.monotonic(); worst = max(worst, now - last); last = now
-print(n, worst * 1000)
-"""
+# Also what node-agent/tests/vm.rs runs.
+WRITER = (pathlib.Path(__file__).parent / "writer.py").read_text(encoding="utf-8")
 
 
 def bench_pause(name, rounds):

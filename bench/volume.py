@@ -32,16 +32,6 @@ INSTANCE = "bnvl"
 START_DEADLINE_S = 900
 FREE_BLOCKS = re.compile(r"^  Free blocks: (.+)$", re.M)
 
-WRITER = """
-import os, sys, time
-f = os.open("/home/sprite/w", os.O_WRONLY | os.O_CREAT, 0o600)
-end = time.monotonic() + float(sys.argv[1]); worst = 0.0; last = time.monotonic(); n = 0
-while time.monotonic() < end:
-    os.pwrite(f, b"x" * 4096, (n % 4096) * 4096); os.fsync(f); n += 1
-    now = time.monotonic(); worst = max(worst, now - last); last = now
-print(n, worst * 1000)
-"""
-
 
 def free_ranges(image):
     """Byte ranges of the file system in the image that hold nothing, as lines."""
@@ -104,7 +94,7 @@ def cluster(size_bytes):
 def pauses(client, rounds):
     """Seconds, as medians: a writer's longest gap with a checkpoint and without, and what the guest's agent reports."""
     client.create("pause")
-    client.run("pause", "/bin/sh", "-c", f"cat > /tmp/w.py <<'E'\n{WRITER}\nE")
+    client.run("pause", "/bin/sh", "-c", f"cat > /tmp/w.py <<'E'\n{client.WRITER}\nE")
 
     def gap():
         return float(client.run("pause", "/usr/bin/python3", "/tmp/w.py", "4").split()[-1]) / 1000

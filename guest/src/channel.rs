@@ -71,6 +71,7 @@ pub(crate) async fn serve(port: Arc<OwnedFd>, agent: Arc<Agent>) -> io::Result<(
                 }
             },
         };
+        let mut stream = stream.renewed()?;
         let answer = async {
             stream.write_all(&resync::guest_marker(nonce)).await?;
             stream.flush().await

@@ -30,6 +30,12 @@ impl Port {
     pub(crate) fn new(fd: Arc<OwnedFd>, early: Bytes) -> io::Result<Self> {
         Ok(Self { fd: crate::sys::watch_fd(fd)?, early, late: BytesMut::with_capacity(WRITE_BYTES_MAX) })
     }
+
+    /// The same stream in a new registration, once the host has been heard: the old one may be from before it came, and then "hung up" is set in it.
+    pub(crate) fn renewed(self) -> io::Result<Self> {
+        let Self { fd, early, late } = self;
+        Ok(Self { fd: crate::sys::watch_fd(fd.into_inner())?, early, late })
+    }
 }
 
 /// The host has left, and may be back already: "hung up" stays set, so that waiting for readiness would be a loop without a rest.
@@ -111,5 +117,52 @@ impl AsyncWrite for Port {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         self.poll_drain(context)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{io::Write as _, os::unix::fs::OpenOptionsExt as _, path::Path};
+
+    use nix::{libc, sys::stat::Mode};
+    use tokio::io::AsyncReadExt as _;
+
+    use super::*;
+
+    fn writer(fifo: &Path) -> std::fs::File {
+        std::fs::OpenOptions::new().write(true).open(fifo).unwrap()
+    }
+
+    /// A port whose host has been there and left, as the runtime knows it.
+    async fn left_alone(fifo: &Path) -> Port {
+        let reader = std::fs::OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(fifo).unwrap();
+        drop(writer(fifo));
+        let port = Port::new(Arc::new(reader.into()), Bytes::new()).unwrap();
+        assert!(port.fd.readable().await.unwrap().ready().is_read_closed());
+        port
+    }
+
+    #[tokio::test]
+    async fn a_host_that_comes_right_after_the_registration_is_not_taken_for_one_that_has_left() {
+        let folder = std::env::temp_dir().join(format!("sprites-port-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        let fifo = folder.join("fifo");
+        nix::unistd::mkfifo(&fifo, Mode::S_IRUSR | Mode::S_IWUSR).unwrap();
+
+        let mut port = left_alone(&fifo).await;
+        let mut host = writer(&fifo);
+        host.write_all(b"marker").unwrap();
+        port.read_exact(&mut [0; 6]).await.unwrap();
+        port.read(&mut [0; 4]).await.expect_err("this is why it has to be renewed");
+
+        let mut port = port.renewed().unwrap();
+        let mut session = [0; 4];
+        let (read, ()) = tokio::join!(port.read_exact(&mut session), async {
+            tokio::task::yield_now().await;
+            host.write_all(b"more").unwrap();
+        });
+        read.unwrap();
+        assert_eq!(&session, b"more");
+        std::fs::remove_dir_all(folder).unwrap();
     }
 }

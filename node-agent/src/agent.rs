@@ -56,8 +56,8 @@ const SOCKET_RETRY: Duration = Duration::from_millis(20);
 /// longer than the wait would never be met.
 const MARKER_WAIT_FIRST: Duration = Duration::from_millis(300);
 const MARKER_WAIT_MAX: Duration = Duration::from_secs(5);
-/// First wait for a guest that was met to say who it is; each further one is twice as long. On a busy host one in some copies of a VM with one vCPU was
-/// seen to answer the marker and then nothing, until it was met again.
+/// First wait for a guest that was met to say who it is; each further one is twice as long. A session that does not come about, for whatever reason, must
+/// not cost the whole limit.
 const SESSION_WAIT_FIRST: Duration = Duration::from_millis(500);
 /// Unread output of one exec or tunnel in the guest stops at this; the reader's pace is the writer's pace.
 const STREAM_WINDOW_BYTES: u32 = 1 << 20;

@@ -341,15 +341,7 @@ async fn a_sprite_lives_through_everything() {
 }
 
 /// Writes and syncs 4 KiB at a time for so many seconds; then prints how often, and the longest time between two, in milliseconds.
-const WRITER: &str = r#"
-import os, sys, time
-f = os.open("/home/sprite/w", os.O_WRONLY | os.O_CREAT, 0o600)
-end = time.monotonic() + float(sys.argv[1]); worst = 0.0; last = time.monotonic(); n = 0
-while time.monotonic() < end:
-    os.pwrite(f, b"x" * 4096, (n % 4096) * 4096); os.fsync(f); n += 1
-    now = time.monotonic(); worst = max(worst, now - last); last = now
-print(n, worst * 1000)
-"#;
+const WRITER: &str = include_str!("../../bench/writer.py");
 
 /// Far above the goal (30 ms, measured by the bench on a calm machine); a freeze that waits for a message, for a push or for the disk's size is longer.
 const PAUSE_MAX: Duration = Duration::from_millis(400);
