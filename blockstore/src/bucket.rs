@@ -33,7 +33,7 @@ pub mod url;
 
 pub use probe::{Finding, ProbeError};
 pub use record::{Record, RecordError};
-pub use url::{BadBucketUrl, Credentials, OpenError};
+pub use url::{BadBucketUrl, Credentials, OpenError, endpoint_of};
 
 /// Largest object that may be written or read whole: the hard cap of a pack (64 MiB) with room for its directory.
 pub const OBJECT_BYTES_MAX: u64 = 80 << 20;

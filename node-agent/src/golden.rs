@@ -30,7 +30,7 @@ use crate::{
     process::{RunDir, blocking},
     qemu::{DiskBackend, Start, VmFiles},
     qmp::{Qmp, QmpError},
-    resources::{MEMORY_FOLDER_FREE_MIB_MIN, Resources},
+    resources::{Resources, VM_START_MIB},
     vm::change::chain,
 };
 
@@ -68,7 +68,7 @@ pub enum GoldenError {
     #[error("cannot prepare {what} for the golden VM")]
     Prepare { what: &'static str, source: io::Error },
     #[error(
-        "{folder}, where the memory of VMs lies, has {free_mib} MiB free and needs {MEMORY_FOLDER_FREE_MIB_MIN}; enlarge it \
+        "{folder}, where the memory of VMs lies, has {free_mib} MiB free and needs {VM_START_MIB}; enlarge it \
          (mount -o remount,size=75% on a tmpfs), or name another with --memory-dir"
     )]
     NoMemory { folder: PathBuf, free_mib: u64 },
@@ -214,7 +214,7 @@ async fn make(resources: &Resources, size: SizeClass, folder: &Path, id: &str) -
     let uid = resources.uid(slot.number());
     std::fs::create_dir_all(&resources.config.memory).map_err(prepare("the memory folder"))?;
     let free_mib = resources.memory_folder_free_mib();
-    if free_mib < MEMORY_FOLDER_FREE_MIB_MIN {
+    if free_mib < VM_START_MIB {
         return Err(GoldenError::NoMemory { folder: resources.config.memory.clone(), free_mib });
     }
     let net = resources.network.attach(slot.number(), uid).await.map_err(GoldenError::Network)?;

@@ -44,8 +44,6 @@ use crate::{
 const QMP_LIMIT: Duration = Duration::from_secs(20);
 /// How long a restored guest may need to its first answer. Measured: 0.17 s alone, seconds when many start at once.
 const AGENT_LIMIT: Duration = Duration::from_secs(45);
-/// A fresh copy that takes longer is replaced by another, once.
-const COPY_LIMIT: Duration = Duration::from_secs(20);
 /// SIGKILL to the end of the process; longer means that the kernel holds it in I/O.
 const KILL_LIMIT: Duration = Duration::from_secs(10);
 /// QEMU's end to its watcher's.
@@ -278,14 +276,7 @@ impl Source<'_> {
 impl VmProcess {
     /// A fresh copy of the golden VM on `volume`. The guest answers; it has no identity and its disk is not mounted yet.
     pub async fn start(resources: &Resources, run: RunDir, golden: &Golden, plan: Plan) -> Result<Self, StartError> {
-        let again = (plan.note.clone(), plan.volume.clone());
-        let first = Self::launch(resources, run.clone(), Source::Golden(golden), plan, COPY_LIMIT).await;
-        let Err(error @ StartError::Agent { .. }) = &first else { return first };
-        // Nothing is lost with a copy that never spoke.
-        let Some(slot) = resources.slots.take() else { return first };
-        let (note, volume) = again;
-        tracing::warn!(sprite = %note.sprite, %error, "a copy of the golden VM stays silent; starting another");
-        Self::launch(resources, run, Source::Golden(golden), Plan { note, slot, volume }, AGENT_LIMIT).await
+        Self::launch(resources, run, Source::Golden(golden), plan).await
     }
 
     /// The sprite's own memory and processes again, once. After an error the image is spent: boot from the disk.
@@ -295,7 +286,7 @@ impl VmProcess {
             return Err(StartError::Incompatible { image: note.snapshot_key.clone(), host: golden.key.clone() });
         }
         spend_image(&run).await.map_err(|source| StartError::Prepare { what: "the suspended image", source })?;
-        Self::launch(resources, run, Source::Suspended, plan, AGENT_LIMIT).await
+        Self::launch(resources, run, Source::Suspended, plan).await
     }
 
     /// Finds the VM of `note` again under a living QEMU: the node agent was restarted, the VM was not. Also says whether it is paused.
@@ -340,21 +331,14 @@ impl VmProcess {
                 // A suspend was under way, or the host's disk was full.
                 qmp.cont().await.map_err(StartError::Load)?;
             }
-            connect_agent(&run, &qmp, &process, AGENT_LIMIT).await?
+            connect_agent(&run, &qmp, &process).await?
         };
         let ended = CancellationToken::new();
         let net = Arc::new(net);
         Ok((Self { run, note, agent, net, ended, exports, process, qmp, _slot: slot, _nbd: nbd }, paused))
     }
 
-    /// `limit` is how long the guest may take to its first answer.
-    async fn launch(
-        resources: &Resources,
-        run: RunDir,
-        source: Source<'_>,
-        plan: Plan,
-        limit: Duration,
-    ) -> Result<Self, StartError> {
+    async fn launch(resources: &Resources, run: RunDir, source: Source<'_>, plan: Plan) -> Result<Self, StartError> {
         // Until its guest answers. The semaphore is never closed.
         let _turn = resources.starts.acquire().await;
         let Plan { mut note, slot, volume } = plan;
@@ -385,7 +369,7 @@ impl VmProcess {
         note.suspended_lsn = None;
         let loaded = load(&run, &mut note, &source, &spec, &process).await;
         let started = match loaded {
-            Ok(qmp) => connect_agent(&run, &qmp, &process, limit).await.map(|agent| (qmp, agent)),
+            Ok(qmp) => connect_agent(&run, &qmp, &process).await.map(|agent| (qmp, agent)),
             Err(error) => Err(error),
         };
         match started {
@@ -445,7 +429,7 @@ impl VmProcess {
 
     /// A new control-channel session, after the old one was closed or broke.
     pub async fn reconnect(&mut self) -> Result<(), StartError> {
-        self.agent = connect_agent(&self.run, &self.qmp, &self.process, AGENT_LIMIT).await?;
+        self.agent = connect_agent(&self.run, &self.qmp, &self.process).await?;
         Ok(())
     }
 
@@ -552,10 +536,10 @@ async fn load(
     Ok(qmp)
 }
 
-async fn connect_agent(run: &RunDir, qmp: &Qmp, process: &Process, limit: Duration) -> Result<AgentClient, StartError> {
+async fn connect_agent(run: &RunDir, qmp: &Qmp, process: &Process) -> Result<AgentClient, StartError> {
     let path = run.agent();
     let connected = tokio::select! {
-        connected = AgentClient::connect(&path, limit) => connected,
+        connected = AgentClient::connect(&path, AGENT_LIMIT) => connected,
         () = process.ended() => return Err(StartError::Gone(io::ErrorKind::NotFound.into())),
     };
     match connected {

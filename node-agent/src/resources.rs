@@ -26,9 +26,9 @@ use crate::{
 pub const SLOTS: u32 = 4096;
 /// Threads of one QEMU: vCPUs, I/O workers, one for each device at most.
 const QEMU_TASKS_MAX: u32 = 256;
-/// What has to be free where the memory of VMs lies, for one more: about what a fresh VM touches. A QEMU that finds no page there is killed (SIGBUS),
-/// and containers often have a `/dev/shm` of 64 MiB.
-pub const MEMORY_FOLDER_FREE_MIB_MIN: u64 = 256;
+/// What a VM touches from its start to its first shell, about: 120 MiB of the golden memory and as much again. So much has to be free for one more, on the
+/// host and where the memory of VMs lies: a QEMU that finds no page there is killed (SIGBUS), and containers often have a `/dev/shm` of 64 MiB.
+pub const VM_START_MIB: u64 = 256;
 /// Starts of VMs at a time, for each core: some of them wait for the disk.
 const STARTS_PER_CORE: usize = 2;
 /// First user id of the VMs; above what distributions and `adduser` give out.
@@ -116,10 +116,11 @@ impl Resources {
         }
     }
 
-    /// Whether the host has room for one more VM.
+    /// Whether the host has room for one more VM, without touching what it keeps for itself. Memory is given out as VMs touch it, so that a host holds more
+    /// of them than their sizes add up to.
     pub fn has_room(&self) -> bool {
-        self.free_memory_bytes() >= self.config.memory_reserve_bytes
-            && self.memory_folder_free_mib() >= MEMORY_FOLDER_FREE_MIB_MIN
+        self.free_memory_bytes() >= self.config.memory_reserve_bytes.saturating_add(VM_START_MIB << 20)
+            && self.memory_folder_free_mib() >= VM_START_MIB
     }
 
     /// What the file system with the memory of VMs could still hold. One that does not say is taken for large enough.

@@ -65,7 +65,7 @@ pub(crate) struct Settings {
     /// QEMU CPU model under KVM; the same on all hosts of a cluster [default: Nehalem]
     #[arg(long)]
     cpu_model: Option<String>,
-    /// Networks that guests may not reach, besides this host and each other.
+    /// Networks that guests may not reach, besides this host, each other and the server that the bucket's URL names
     #[arg(long, value_name = "CIDR")]
     denied_networks: Option<Vec<String>>,
     /// Memory of the host that VMs leave free [default: 1 GiB]

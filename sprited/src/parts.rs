@@ -9,7 +9,7 @@ use std::{
 };
 
 use anyhow::Context;
-use blockstore::bucket::Bucket;
+use blockstore::bucket::{Bucket, endpoint_of};
 use coordinator::Tokens;
 use node_agent::{
     ImageFiles, NodeAgent, Shutdown,
@@ -119,7 +119,7 @@ pub(crate) async fn start_node(config: &Config) -> anyhow::Result<NodePart> {
             notices.push(notice.to_owned());
         }
     };
-    let agent = Arc::new(NodeAgent::start(node_config(config, bucket, accel)?, progress).await?);
+    let agent = Arc::new(NodeAgent::start(node_config(config, bucket, accel).await?, progress).await?);
     let listener = bind_private(&config.data.node_socket())?;
     let served = Arc::clone(&agent);
     let part = Part::spawn("node agent", |stop| async move {
@@ -143,7 +143,7 @@ async fn open_bucket(config: &Config) -> anyhow::Result<Bucket> {
     Bucket::open(&config.bucket_url).await.with_context(|| format!("cannot use the bucket {}", config.bucket_url))
 }
 
-fn node_config(config: &Config, bucket: Bucket, accel: Accel) -> anyhow::Result<node_agent::Config> {
+async fn node_config(config: &Config, bucket: Bucket, accel: Accel) -> anyhow::Result<node_agent::Config> {
     let folder =
         config.image.as_ref().context("no guest image; name its folder with --image (`./dev build` makes one)")?;
     let digest = folder.join("rootfs.digest");
@@ -165,9 +165,20 @@ fn node_config(config: &Config, bucket: Bucket, accel: Accel) -> anyhow::Result<
         // Our own code even when the file was replaced by a newer build meanwhile.
         sprited: "/proc/self/exe".into(),
         instance: config.instance.clone(),
-        denied_networks: config.denied_networks.clone(),
+        denied_networks: denied_networks(config).await?,
         memory_reserve_bytes: config.memory_reserve_bytes,
     })
+}
+
+/// What guests may not reach besides this host and each other: what the operator says, and the bucket's server, as far as its URL names one.
+async fn denied_networks(config: &Config) -> anyhow::Result<Vec<String>> {
+    let mut denied = config.denied_networks.clone();
+    if let Some((host, port)) = endpoint_of(&config.bucket_url)? {
+        let found = tokio::net::lookup_host((host.as_str(), port)).await;
+        let found = found.with_context(|| format!("cannot find the bucket's server {host}, to keep guests from it"))?;
+        denied.extend(found.map(|address| address.ip().to_string()));
+    }
+    Ok(denied)
 }
 
 /// The same after the node's folder was lost, so that its sprites are known to be its own; different for every instance on a machine.

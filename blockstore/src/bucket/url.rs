@@ -114,19 +114,43 @@ impl Location {
 
 /// Whether traffic to the endpoint stays on this host, so that plain http shows nothing to anybody.
 fn is_loopback(endpoint: &str) -> bool {
-    let Some(authority) = endpoint.strip_prefix("http://") else { return false };
-    if authority.contains('@') {
-        return false;
-    }
-    let host = match authority.strip_prefix('[') {
-        Some(v6) => v6.split(']').next(),
-        None => authority.split([':', '/']).next(),
-    };
-    match host {
-        Some("localhost") => true,
-        Some(host) => host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback()),
+    match host_and_port(endpoint) {
+        Some(("localhost", _)) => true,
+        Some((host, _)) => host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback()),
         None => false,
     }
+}
+
+/// Host and port of `http://host:port/…`; `None` if it is something else, or names a user.
+fn host_and_port(endpoint: &str) -> Option<(&str, u16)> {
+    let (rest, default) = match endpoint.strip_prefix("http://") {
+        Some(rest) => (rest, 80),
+        None => (endpoint.strip_prefix("https://")?, 443),
+    };
+    let authority = rest.split('/').next()?;
+    if authority.contains('@') {
+        return None;
+    }
+    let (host, port) = match authority.strip_prefix('[') {
+        Some(v6) => v6.split_once(']')?,
+        None => authority.split_at(authority.find(':').unwrap_or(authority.len())),
+    };
+    let port = match port.strip_prefix(':') {
+        Some(port) => port.parse().ok()?,
+        None => default,
+    };
+    Some((host, port))
+}
+
+/// Where the S3 server of a bucket's URL is: host name or address, and port. `None` for a directory, and for a URL without `endpoint`, whose server is a
+/// public one.
+///
+/// # Errors
+///
+/// As [`Bucket::open`] refuses the URL.
+pub fn endpoint_of(url: &str) -> Result<Option<(String, u16)>, BadBucketUrl> {
+    let Location::S3 { endpoint: Some(endpoint), .. } = Location::parse(url)? else { return Ok(None) };
+    Ok(host_and_port(&endpoint).map(|(host, port)| (host.to_owned(), port)))
 }
 
 /// Opens the stores behind `url` without talking to S3 yet. `None`: credentials of S3 come from the environment.
@@ -231,5 +255,17 @@ mod tests {
         assert!(Location::parse("s3://b?endpoint=http://127.0.0.1:9").is_ok());
         assert!(Location::parse("s3://b?endpoint=http://127.0.0.1@evil.example").is_err());
         assert!(Location::parse("s3://b?endpoint=http://[::1]:9").is_ok());
+    }
+
+    #[test]
+    fn the_server_of_a_bucket_is_known_so_that_guests_can_be_kept_from_it() {
+        let endpoint = |url: &str| endpoint_of(url).unwrap();
+        let server = |host: &str, port| Some((host.to_owned(), port));
+        assert_eq!(endpoint("s3://b?endpoint=https://store.example/x"), server("store.example", 443));
+        assert_eq!(endpoint("s3://b?endpoint=http://10.1.2.3:9000&allow_http"), server("10.1.2.3", 9000));
+        assert_eq!(endpoint("s3://b?endpoint=http://[fd00::1]:9000&allow_http"), server("fd00::1", 9000));
+        assert_eq!(endpoint("s3://b?region=eu"), None);
+        assert_eq!(endpoint("dir:/var/lib/b"), None);
+        assert!(endpoint_of("ftp://b").is_err());
     }
 }
