@@ -19,6 +19,7 @@
 //! | `device`, `volume`, `open` | what NBD and the node agent call |
 //! | `owner`, `push` | one task per volume: everything that changes the head |
 //! | `compact` | fewer packs for the same content; dead ones deleted |
+//! | `patch` | what one volume has that another lacks, as bytes |
 //! | `memory`, `base` | memory images and base images: the same trees from files |
 //!
 //! # Invariants
@@ -51,6 +52,7 @@ mod open;
 mod owner;
 mod pack;
 mod page;
+mod patch;
 mod push;
 mod segment;
 mod tree;
@@ -60,6 +62,7 @@ mod volume;
 pub use base::BaseId;
 pub use head::{Head, HeadState};
 pub use open::Store;
+pub use patch::{PATCH_BYTES_MAX, Patch};
 pub use types::{
     BaseError, Checkpoint, CheckpointError, CheckpointMeta, Consistency, Epoch, Generation, Limits, Lsn, MemoryError,
     MemoryInfo, MemorySource, MemoryTarget, StoreConfig, StoreError, VolumeError, VolumeStatus,

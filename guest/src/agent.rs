@@ -93,12 +93,6 @@ fn or_default(ms: u32, default: Duration) -> Duration {
     if ms == 0 { default } else { Duration::from_millis(ms.into()) }
 }
 
-fn uptime_ms() -> u64 {
-    let text = fs::read_to_string("/proc/uptime").unwrap_or_default();
-    let seconds = text.split_whitespace().next().and_then(|seconds| seconds.parse::<f64>().ok());
-    seconds.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok()).map_or(0, millis)
-}
-
 fn grow(volume: &fs::File) -> io::Result<u64> {
     let bytes = sys::block_device_bytes(&fs::File::open(DEVICE)?)?;
     let block = u64::try_from(nix::sys::statfs::fstatfs(volume.as_fd())?.block_size()).map_err(io::Error::other)?;
@@ -129,8 +123,7 @@ type Stream<T> = ReceiverStream<Result<T, Status>>;
 
 #[tonic::async_trait]
 impl agent_server::Agent for Agent {
-    async fn hello(&self, request: Request<HelloRequest>) -> Reply<HelloReply> {
-        log!("a host of version {} is connected", request.into_inner().host_version);
+    async fn hello(&self, _request: Request<HelloRequest>) -> Reply<HelloReply> {
         let environment = match self.environment.phase() {
             Phase::Stopped => EnvironmentState::Stopped,
             Phase::Started => EnvironmentState::Started,
@@ -139,8 +132,6 @@ impl agent_server::Agent for Agent {
         Ok(Response::new(HelloReply {
             agent_version: proto::VERSION.into(),
             protocol: PROTOCOL,
-            boot_id: self.life.boot_id(),
-            uptime_ms: uptime_ms(),
             environment: environment.into(),
             timer_trouble: self.timer_trouble.clone(),
         }))

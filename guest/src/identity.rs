@@ -1,7 +1,8 @@
 //! Who this VM is, and what time it is. The host says so after every restore, before user code runs (machine-and-vm.md).
 //!
 //! Clones of one golden VM must differ (ruling 21): machine-id, ssh host keys and the file system's UUID are made new in a sprite's first life, from the
-//! kernel's random generator *after* the host's entropy went into it. The kernel's boot_id makes itself at its first read, which is here.
+//! kernel's random generator *after* the host's entropy went into it. The kernel's boot_id makes itself at its first
+//! read, which is the user's: PID 1 never reads it.
 
 use std::{
     collections::BTreeMap,
@@ -17,12 +18,13 @@ use nix::{
     sys::time::TimeSpec,
     time::{ClockId, clock_settime},
 };
-use proto::agent::ConfigureRequest;
+use proto::agent::{ConfigureRequest, Network};
 
 use crate::{environment::DEVICE, log, sys};
 
 /// A file of ours that is read back before it is written; users may have put anything there.
 const FILE_BYTES_MAX: u64 = 64 << 10;
+const HOSTS: &str = "/etc/hosts";
 const MACHINE_ID: &str = "/etc/machine-id";
 const SSH_FOLDER: &str = "/etc/ssh";
 /// Makes host keys; they are only made where there is a server for them.
@@ -69,8 +71,8 @@ pub(crate) enum ConfigureError {
     Network(#[from] crate::net::NetError),
 }
 
-/// What concerns the machine, whether the environment runs or not. Returns how far the clock was off, in ms.
-pub(crate) fn configure_machine(request: &ConfigureRequest) -> Result<i64, ConfigureError> {
+/// What concerns the machine, whether the environment runs or not; the network only if there is a new one. Returns how far the clock was off, in ms.
+pub(crate) fn configure_machine(request: &ConfigureRequest, network: Option<&Network>) -> Result<i64, ConfigureError> {
     let off = set_clock(request.unix_time_ns).map_err(ConfigureError::Clock)?;
     if !request.entropy.is_empty() {
         let entropy = request.entropy.as_slice().try_into();
@@ -81,7 +83,7 @@ pub(crate) fn configure_machine(request: &ConfigureRequest) -> Result<i64, Confi
     if !request.name.is_empty() {
         nix::unistd::sethostname(&request.name).map_err(io::Error::from).map_err(ConfigureError::Hostname)?;
     }
-    if let Some(network) = &request.network {
+    if let Some(network) = network {
         crate::net::configure(network)?;
     }
     Ok(off)
@@ -96,11 +98,6 @@ fn set_clock(unix_time_ns: u64) -> io::Result<i64> {
     clock_settime(ClockId::CLOCK_REALTIME, TimeSpec::from_duration(right))?;
     let millis = |duration: Duration| i64::try_from(duration.as_millis()).unwrap_or(i64::MAX);
     Ok(millis(now).saturating_sub(millis(right)))
-}
-
-/// The kernel's boot id. The first read makes it, so nothing reads it before the host's entropy is in.
-pub(crate) fn boot_id() -> String {
-    fs::read_to_string("/proc/sys/kernel/random/boot_id").map(|text| text.trim().to_owned()).unwrap_or_default()
 }
 
 pub(crate) fn random<const N: usize>() -> io::Result<[u8; N]> {
@@ -123,15 +120,16 @@ pub(crate) fn renew_filesystem_uuid(volume: &File) -> io::Result<()> {
 }
 
 /// Writes the sprite's name and resolver where programs look for them. Runs inside the environment.
-pub(crate) fn write_files(identity: &Identity, fresh: bool) {
+pub(crate) fn write_files(identity: &Identity, old_name: Option<&str>, fresh: bool) {
     let name = &identity.name;
     let mut files = Vec::new();
     if !name.is_empty() {
         files.push(("/etc/hostname", format!("{name}\n")));
-        files.push((
-            "/etc/hosts",
-            format!("127.0.0.1\tlocalhost\n127.0.1.1\t{name}\n::1\tlocalhost ip6-localhost ip6-loopback\nff02::1\tip6-allnodes\nff02::2\tip6-allrouters\n"),
-        ));
+        // It is the user's once it is there, unless it is as we have written it; the other files follow the host at each start.
+        let present = read_plain(Path::new(HOSTS)).ok();
+        if fresh || present.is_none() || present == old_name.map(|name| hosts(name).into_bytes()) {
+            files.push((HOSTS, hosts(name)));
+        }
     }
     if !identity.dns.is_empty() {
         files.push(("/etc/resolv.conf", format!("nameserver {}\n", identity.dns)));
@@ -143,12 +141,16 @@ pub(crate) fn write_files(identity: &Identity, fresh: bool) {
         }
     }
     for (path, text) in files {
-        // `/etc/hosts` is the user's once it is there; the other files follow the host at each start.
-        let keep = path == "/etc/hosts" && !fresh && Path::new(path).exists();
-        if !keep && let Err(error) = write_if_different(Path::new(path), text.as_bytes()) {
+        if let Err(error) = write_if_different(Path::new(path), text.as_bytes()) {
             log!("{path}: {error}");
         }
     }
+}
+
+fn hosts(name: &str) -> String {
+    format!(
+        "127.0.0.1\tlocalhost\n127.0.1.1\t{name}\n::1\tlocalhost ip6-localhost ip6-loopback\nff02::1\tip6-allnodes\nff02::2\tip6-allrouters\n"
+    )
 }
 
 /// Replaces a file as a whole, whatever it was; the same content is left alone, so that nothing is written for nothing.

@@ -36,8 +36,8 @@ const MODULE_TREE_IMAGE: &str = "/modules.squashfs";
 pub(crate) const MODULE_TREE: &str = "/lib/modules";
 /// Open files of PID 1: several for each session.
 const OPEN_FILES: u64 = 1 << 20;
-/// Threads that carry the async work, and those that may block on the disk.
-const WORKERS: usize = 2;
+/// Threads that may block on the disk. One thread carries all the async work, which only moves bytes: without hardware virtualisation a second one
+/// costs a wake several milliseconds, because it runs code of the runtime that is not needed otherwise.
 const BLOCKING_THREADS_MAX: usize = 32;
 /// Calls in PID 1 are shallow; memory of many VMs adds up.
 const THREAD_STACK_BYTES: usize = 512 << 10;
@@ -67,8 +67,7 @@ pub(crate) fn pause(time: Duration) {
 }
 
 fn serve() -> io::Result<()> {
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(WORKERS)
+    let runtime = tokio::runtime::Builder::new_current_thread()
         .max_blocking_threads(BLOCKING_THREADS_MAX)
         .thread_stack_size(THREAD_STACK_BYTES)
         .enable_all()

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!  Golden ── Configure, with the host's entropy ──▶ Configured ── the environment runs ──▶ `due` is brought to its disk
+//!    its environment may run already, without a name: a seed, of which new sprites are copies
 //!                                                       ▲  │
 //!                                                       └──┘ Configure again: another name, another resolver, a first life
 //! ```
@@ -11,15 +12,16 @@
 //! 1. *Begun is done.* A start, and what a configuration changes on the disk, run in tasks of their own: tonic drops a call when the host's session
 //!    breaks off, and a half-started environment would be in the way of every later one until the VM ends.
 //! 2. *A repeated call completes.* Its answer means that the identity is on the disk and `api.sock` is served, whoever began.
-//! 3. A golden VM makes no ids: all its clones would share them (ruling 21).
+//! 3. A golden VM makes no ids and opens no sockets, also while its environment runs: all its copies would share them (ruling 21).
 
 use std::{
     collections::BTreeMap,
     io,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
-use proto::agent::ConfigureRequest;
+use proto::agent::{ConfigureRequest, Network};
 use tonic::Status;
 
 use crate::{
@@ -35,6 +37,16 @@ use crate::{
 const MAKE_HOST_KEYS: &str =
     "for kind in ed25519 ecdsa; do nice ssh-keygen -q -t $kind -N '' -f /etc/ssh/ssh_host_${kind}_key; done";
 
+/// The processor is the user's first command's first.
+const KEYS_AFTER: Duration = Duration::from_secs(1);
+
+/// When a sprite's SSH host keys are made: before it is answered that it is who it is, or behind that.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Keys {
+    First,
+    Later,
+}
+
 /// The parts that a start brings together.
 #[derive(Debug)]
 pub(crate) struct Life {
@@ -42,6 +54,8 @@ pub(crate) struct Life {
     sessions: Arc<Sessions>,
     hub: Arc<Hub>,
     state: Mutex<State>,
+    /// As it was set last. Not set again: users may have changed something since.
+    network: Mutex<Option<Network>>,
     /// Whether the environment that runs has everything a start gives it. Held while it is given.
     complete: tokio::sync::Mutex<bool>,
 }
@@ -58,8 +72,8 @@ enum State {
 struct Configured {
     identity: Identity,
     due: Due,
-    /// The file system has a UUID of its own. It is made once, when an anonymous sprite of the pool starts, not again when that one is named.
-    own_uuid: bool,
+    /// Which name the disk has, if any.
+    written_name: Option<String>,
 }
 
 /// What of the identity the disk does not have yet; more includes less.
@@ -78,12 +92,13 @@ enum Due {
 struct Work {
     identity: Identity,
     due: Due,
-    renew_uuid: bool,
+    /// The name it had so far.
+    old_name: Option<String>,
 }
 
 impl State {
     fn configure(&mut self, identity: Identity, fresh: bool) {
-        let Configured { identity: before, due, own_uuid } = match std::mem::take(self) {
+        let Configured { identity: before, due, written_name } = match std::mem::take(self) {
             Self::Golden => Configured::default(),
             Self::Configured(configured) => configured,
         };
@@ -93,7 +108,7 @@ impl State {
             (false, true) => Due::Files,
             (false, false) => Due::Nothing,
         };
-        *self = Self::Configured(Configured { identity, due: due.max(news), own_uuid });
+        *self = Self::Configured(Configured { identity, due: due.max(news), written_name });
     }
 
     /// Something of `due` is to be done (again).
@@ -104,20 +119,24 @@ impl State {
     }
 
     fn take_work(&mut self) -> Option<Work> {
-        let Self::Configured(Configured { identity, due, own_uuid }) = self else { return None };
+        let Self::Configured(Configured { identity, due, written_name }) = self else { return None };
         let due = std::mem::take(due);
         if due == Due::Nothing {
             return None;
         }
-        let renew_uuid = due == Due::Fresh && !std::mem::replace(own_uuid, true);
-        Some(Work { identity: identity.clone(), due, renew_uuid })
+        let old_name = written_name.replace(identity.name.clone());
+        Some(Work { identity: identity.clone(), due, old_name })
     }
 }
 
 impl Life {
     pub(crate) fn new(environment: Arc<Environment>, sessions: Arc<Sessions>, hub: Arc<Hub>) -> Arc<Self> {
         let complete = tokio::sync::Mutex::new(false);
-        Arc::new(Self { environment, sessions, hub, state: Mutex::default(), complete })
+        Arc::new(Self { environment, sessions, hub, state: Mutex::default(), network: Mutex::default(), complete })
+    }
+
+    fn network(&self) -> MutexGuard<'_, Option<Network>> {
+        self.network.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -137,28 +156,29 @@ impl Life {
         self.identity().env
     }
 
-    /// Empty in a golden VM: reading it makes it, and its clones must differ.
-    pub(crate) fn boot_id(&self) -> String {
-        match &*self.state() {
-            State::Golden => String::new(),
-            State::Configured(_) => identity::boot_id(),
-        }
-    }
-
     /// Takes what the host says of the sprite. Returns how far the clock was off, in ms.
     pub(crate) async fn configure(self: &Arc<Self>, request: ConfigureRequest) -> Result<i64, Status> {
         let machine = request.clone();
-        let off = tokio::task::spawn_blocking(move || identity::configure_machine(&machine)).await;
+        let network = request.network.clone().filter(|network| self.network().as_ref() != Some(network));
+        let new_network = network.clone();
+        let off =
+            tokio::task::spawn_blocking(move || identity::configure_machine(&machine, new_network.as_ref())).await;
         let off = off.map_err(|error| Status::internal(error.to_string()))?;
         let clock_was_off_ms = off.map_err(|error| Status::failed_precondition(error.to_string()))?;
-        let fresh = request.fresh_identity;
+        if network.is_some() {
+            *self.network() = network;
+        }
+        if request.sprite_id.is_empty() {
+            return Ok(clock_was_off_ms);
+        }
+        let (fresh, keys) = (request.fresh_identity, if request.keys_first { Keys::First } else { Keys::Later });
         self.state().configure(request.into(), fresh);
         // One that starts meanwhile finds what is due itself.
         if self.environment.phase() == Phase::Started {
             let life = Arc::clone(self);
             detached(async move {
-                let _change = life.complete.lock().await;
-                life.bring_identity().await
+                let mut complete = life.complete.lock().await;
+                life.complete(&mut complete, keys).await
             })
             .await?;
         }
@@ -178,20 +198,29 @@ impl Life {
             *complete = false;
             self.state().owe(Due::Files);
         }
+        self.complete(&mut complete, Keys::Later).await?;
+        Ok(started)
+    }
+
+    /// Gives the running environment what it lacks. One that has no name yet, which becomes a seed, gets nothing: its copies would share it.
+    async fn complete(self: &Arc<Self>, complete: &mut bool, keys: Keys) -> Result<(), Status> {
+        if matches!(*self.state(), State::Golden) {
+            return Ok(());
+        }
+        self.bring_identity(keys).await?;
         if !*complete {
-            self.bring_identity().await?;
             let api = Api { hub: Arc::clone(&self.hub), life: Arc::clone(self) };
             api::start(api, &self.environment).await.map_err(unavailable)?;
             *complete = true;
         }
-        Ok(started)
+        Ok(())
     }
 
     /// Brings what is due to the disk of the running environment.
-    async fn bring_identity(&self) -> Result<(), Status> {
+    async fn bring_identity(&self, keys: Keys) -> Result<(), Status> {
         let Some(work) = self.state().take_work() else { return Ok(()) };
         let due = work.due;
-        let brought = self.bring(work).await;
+        let brought = self.bring(work, keys).await;
         if brought.is_err() {
             self.state().owe(due);
         }
@@ -199,32 +228,36 @@ impl Life {
     }
 
     /// What cannot be done on the disk is logged: users may have changed anything there.
-    async fn bring(&self, work: Work) -> Result<(), Status> {
+    async fn bring(&self, work: Work, keys: Keys) -> Result<(), Status> {
         let volume = self.environment.volume().map_err(unavailable)?;
-        let Work { identity, due, renew_uuid } = work;
+        let Work { identity, due, old_name } = work;
+        let fresh = due == Due::Fresh;
         let uuid = tokio::task::spawn_blocking(move || {
-            if renew_uuid && let Err(error) = identity::renew_filesystem_uuid(&volume) {
+            if fresh && let Err(error) = identity::renew_filesystem_uuid(&volume) {
                 log!("the file system keeps its UUID: {error}");
             }
             sys::ext4_uuid(&volume)
         });
-        let uuid = uuid.await.map_err(io::Error::other).flatten();
-        let fresh = due == Due::Fresh;
         let make_keys = self.environment.inside(move || {
-            identity::write_files(&identity, fresh);
-            match uuid {
-                Ok(uuid) => {
-                    if let Err(error) = identity::write_device_record(uuid) {
-                        log!("no record of the disk: {error}");
-                    }
-                }
-                Err(error) => log!("cannot read the file system's UUID: {error}"),
-            }
-            // An anonymous sprite of the pool gets its keys when it is named.
-            fresh && !identity.url.is_empty() && identity::drop_ssh_host_keys()
+            identity::write_files(&identity, old_name.as_deref(), fresh);
+            fresh && identity::drop_ssh_host_keys()
         });
-        if make_keys.await.map_err(unavailable)? {
-            tokio::spawn(make_host_keys(Arc::clone(&self.sessions)));
+        let (uuid, make_keys) = tokio::join!(uuid, make_keys);
+        let make_keys = make_keys.map_err(unavailable)?;
+        let uuid = uuid.map_err(io::Error::other).flatten();
+        let record = self.environment.inside(move || uuid.and_then(identity::write_device_record));
+        if let Err(error) = record.await.map_err(unavailable)? {
+            log!("no record of the disk: {error}");
+        }
+        if make_keys {
+            let making = make_host_keys(Arc::clone(&self.sessions));
+            match keys {
+                Keys::First => making.await,
+                Keys::Later => drop(tokio::spawn(async {
+                    tokio::time::sleep(KEYS_AFTER).await;
+                    making.await;
+                })),
+            }
         }
         Ok(())
     }
@@ -251,16 +284,14 @@ fn unavailable(error: impl std::fmt::Display) -> Status {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
     fn named(name: &str) -> Identity {
         Identity { name: name.into(), ..Identity::default() }
     }
 
-    fn work(name: &str, due: Due, renew_uuid: bool) -> Option<Work> {
-        Some(Work { identity: named(name), due, renew_uuid })
+    fn work(name: &str, due: Due, old_name: Option<&str>) -> Option<Work> {
+        Some(Work { identity: named(name), due, old_name: old_name.map(str::to_owned) })
     }
 
     #[test]
@@ -275,21 +306,19 @@ mod tests {
         let mut state = State::default();
         state.configure(named("demo"), true);
         state.owe(Due::Files);
-        assert_eq!(state.take_work(), work("demo", Due::Fresh, true));
+        assert_eq!(state.take_work(), work("demo", Due::Fresh, None));
         assert_eq!(state.take_work(), None);
         state.configure(named("demo"), false);
         assert_eq!(state.take_work(), None, "nothing has changed");
-        state.configure(named("other"), false);
-        assert_eq!(state.take_work(), work("other", Due::Files, false));
     }
 
     #[test]
-    fn a_sprite_of_the_pool_keeps_its_uuid_when_it_is_named() {
+    fn a_sprite_of_the_pool_gets_only_a_name_when_it_is_named() {
         let mut state = State::default();
-        state.configure(named(""), true);
-        assert_eq!(state.take_work(), work("", Due::Fresh, true));
-        state.configure(named("demo"), true);
-        assert_eq!(state.take_work(), work("demo", Due::Fresh, false));
+        state.configure(named("sprite"), true);
+        assert_eq!(state.take_work(), work("sprite", Due::Fresh, None));
+        state.configure(named("demo"), false);
+        assert_eq!(state.take_work(), work("demo", Due::Files, Some("sprite")));
     }
 
     #[test]
@@ -300,7 +329,7 @@ mod tests {
         // The host comes back, does not know, and says less.
         state.configure(named("demo"), false);
         state.owe(failed.due);
-        assert_eq!(state.take_work(), work("demo", Due::Fresh, false));
+        assert_eq!(state.take_work(), work("demo", Due::Fresh, Some("demo")));
     }
 
     #[tokio::test]

@@ -50,6 +50,8 @@ use tonic::{
     transport::{Channel, Endpoint},
 };
 
+use crate::laps::Laps;
+
 /// QEMU creates the socket while it starts; look again after this.
 const SOCKET_RETRY: Duration = Duration::from_millis(20);
 /// First wait for the guest's marker. Each further wait is twice as long: a new marker ends the session before, so that a guest that always needs
@@ -126,10 +128,16 @@ impl AgentClient {
         let deadline = Instant::now() + limit;
         let mut wait = SESSION_WAIT_FIRST;
         loop {
+            let mut laps = Laps::begin();
             let stream = meet(path, limit, deadline).await?;
+            laps.lap("marker");
             let until = deadline.min(Instant::now() + wait);
             match tokio::time::timeout_at(until, Self::over(stream)).await {
-                Ok(result) => return result,
+                Ok(result) => {
+                    laps.lap("session");
+                    tracing::debug!(%laps, "the guest is met");
+                    return result;
+                }
                 Err(_elapsed) if Instant::now() >= deadline => return Err(ConnectError::Silent { waited: limit }),
                 Err(_elapsed) => {
                     tracing::debug!(path = %path.display(), "a guest that was met says nothing; meeting it again");

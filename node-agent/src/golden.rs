@@ -27,7 +27,7 @@ use crate::{
     files, jail,
     net::{NetError, SpriteNet},
     pid::Process,
-    process::{RunDir, blocking},
+    process::{RunDir, Snapshot, blocking},
     qemu::{DiskBackend, Start, VmFiles},
     qmp::{Qmp, QmpError},
     resources::{Resources, VM_START_MIB},
@@ -57,9 +57,7 @@ pub struct Golden {
     /// Which boot it is.
     pub id: String,
     pub size: SizeClass,
-    /// Sparse memory file, kept on tmpfs beside the VMs.
-    pub memory: PathBuf,
-    pub state: PathBuf,
+    pub snapshot: Snapshot,
 }
 
 /// Why no golden snapshot could be made.
@@ -115,7 +113,7 @@ impl Golden {
             .await
             .map_err(|source| GoldenError::Prepare { what: "its memory on tmpfs", source })?;
         }
-        Ok(Self { key, id, size, memory, state: folder.join("state") })
+        Ok(Self { key, id, size, snapshot: Snapshot { memory, state: folder.join("state") } })
     }
 
     /// What has to be equal for a memory image in the bucket: it holds only what differs from this boot.

@@ -24,6 +24,7 @@ pub mod host;
 mod inside;
 pub mod jail;
 pub mod kvm;
+mod laps;
 pub mod net;
 mod pid;
 mod pool;
@@ -34,6 +35,7 @@ pub mod qmp;
 mod recover;
 mod resize;
 pub mod resources;
+mod seed;
 pub mod vm;
 
 use std::{io, path::PathBuf, process::Stdio, sync::Arc, time::Duration};
@@ -131,6 +133,7 @@ impl NodeAgent {
             qemu_version,
             kernel_digest,
             goldens: Default::default(),
+            seeds: Default::default(),
             starts: resources::start_turns(),
         });
         // Before any VM is started: the living ones keep their slots.

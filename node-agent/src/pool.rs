@@ -13,6 +13,7 @@ use tokio::sync::{Mutex, mpsc};
 
 use crate::{
     resources::Resources,
+    seed,
     vm::change::{self, Parts, chain},
 };
 
@@ -22,8 +23,6 @@ const CALM: Duration = Duration::from_secs(2);
 const RETRY: Duration = Duration::from_secs(15);
 /// Entries at most, whatever is configured.
 const ENTRIES_MAX: usize = 64;
-/// The shell of a new entry runs once, so that its pages are there.
-const WARM_UP_LIMIT: Duration = Duration::from_secs(30);
 
 /// An anonymous sprite with its vCPUs stopped.
 #[derive(Debug)]
@@ -39,7 +38,7 @@ pub(crate) struct Pool {
 }
 
 impl Pool {
-    /// The empty pool, and the task that keeps `entries` sprites ready. None: every create starts from the golden VM.
+    /// The empty pool, and the task that makes the seed and keeps `entries` sprites ready. None: every create starts from the seed or the golden VM.
     ///
     /// The task must not begin before the sprites of this host are taken up: what it starts would be a VM that nobody holds, in a network that
     /// nobody uses.
@@ -48,6 +47,7 @@ impl Pool {
         let entries = entries.min(ENTRIES_MAX);
         let (sender, receiver) = mpsc::channel(entries.max(1));
         let filling = async move {
+            seed::ensure(&resources, size).await;
             if entries > 0 {
                 fill(resources, size, sender).await;
             }
@@ -115,14 +115,9 @@ async fn prepare(resources: &Resources, size: SizeClass) -> Result<Parts, String
 }
 
 async fn start(resources: &Resources, parts: &mut Parts) -> Result<(), String> {
-    change::try_boot(resources, parts, true).await.map_err(|error| error.to_string())?;
+    change::begin_life(resources, parts).await.map_err(|error| error.to_string())?;
     let process = parts.process.as_ref().ok_or("it has no VM")?;
-    let warm_up = process.agent.run_once(vec!["/bin/bash".into(), "-lc".into(), "true".into()]);
-    match tokio::time::timeout(WARM_UP_LIMIT, warm_up).await {
-        Ok(Ok(_exit_code)) => {}
-        Ok(Err(error)) => return Err(format!("its shell does not start: {}", chain(&error))),
-        Err(_elapsed) => return Err("its shell does not end".into()),
-    }
+    seed::warm_up(&process.agent).await?;
     process.pause().await.map_err(|error| chain(&error))
 }
 

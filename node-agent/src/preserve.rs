@@ -73,7 +73,7 @@ async fn push(resources: &Resources, image: &VmNote, volume: &Volume) -> Result<
     let run = resources.run_dir(image.sprite);
     let source = MemorySource {
         memory_file: run.memory.clone(),
-        golden_file: golden.memory.clone(),
+        golden_file: golden.snapshot.memory.clone(),
         state_file: run.state(),
         snapshot_key: golden.image_key(),
     };

@@ -33,6 +33,7 @@ use crate::{
     files,
     golden::Golden,
     jail::{self, JailSpec},
+    laps::Laps,
     net::{NetError, SpriteNet},
     pid::Process,
     qemu::{DiskBackend, Start, VOLUME_EXPORT, VmFiles},
@@ -169,7 +170,7 @@ pub struct VmNote {
     /// The golden snapshot (and with it QEMU, CPU model, kernel, layout) this VM descends from.
     pub snapshot_key: String,
     pub process: Option<ProcessNote>,
-    /// Its start is not finished: it does not run yet, or (a copy of the golden VM) its environment has not been started. Nothing is lost with it.
+    /// Its start is not finished: it does not run yet, or (a copy of a snapshot) it has not got its identity and environment. Nothing is lost with it.
     #[serde(default)]
     pub loading: bool,
     /// Set while the VM is suspended: where in the volume's history the memory belongs (ruling 2).
@@ -258,25 +259,38 @@ pub struct Plan {
     pub volume: Volume,
 }
 
+/// A stopped VM on files, of which any number of copies are started.
+#[derive(Clone, Debug)]
+pub struct Snapshot {
+    /// Sparse memory file, kept on tmpfs beside the VMs.
+    pub memory: PathBuf,
+    pub state: PathBuf,
+}
+
 /// Where a new process gets its state from.
 enum Source<'a> {
-    Golden(&'a Golden),
+    Copy(&'a Snapshot),
     Suspended,
 }
 
 impl Source<'_> {
     fn state(&self, run: &RunDir) -> PathBuf {
         match self {
-            Self::Golden(golden) => golden.state.clone(),
+            Self::Copy(snapshot) => snapshot.state.clone(),
             Self::Suspended => run.spent_state(),
         }
     }
 }
 
 impl VmProcess {
-    /// A fresh copy of the golden VM on `volume`. The guest answers; it has no identity and its disk is not mounted yet.
-    pub async fn start(resources: &Resources, run: RunDir, golden: &Golden, plan: Plan) -> Result<Self, StartError> {
-        Self::launch(resources, run, Source::Golden(golden), plan).await
+    /// A fresh copy of `snapshot`, on a disk that fits it. The guest answers; it has no identity.
+    pub async fn start(
+        resources: &Resources,
+        run: RunDir,
+        snapshot: &Snapshot,
+        plan: Plan,
+    ) -> Result<Self, StartError> {
+        Self::launch(resources, run, Source::Copy(snapshot), plan).await
     }
 
     /// The sprite's own memory and processes again, once. After an error the image is spent: boot from the disk.
@@ -340,48 +354,38 @@ impl VmProcess {
 
     async fn launch(resources: &Resources, run: RunDir, source: Source<'_>, plan: Plan) -> Result<Self, StartError> {
         // Until its guest answers. The semaphore is never closed.
+        let mut laps = Laps::begin();
         let _turn = resources.starts.acquire().await;
+        laps.lap("turn");
         let Plan { mut note, slot, volume } = plan;
         note.slot = slot.number();
         let uid = resources.uid(note.slot);
         let prepare = |what: &'static str| move |source: io::Error| StartError::Prepare { what, source };
         run.prepare(uid).map_err(prepare("the run folder"))?;
-        let memory = prepare_memory(&run, &source, uid);
-        let network = resources.network.attach(note.slot, uid);
-        let (memory, net) = tokio::join!(memory, network);
-        memory.map_err(prepare("the memory file"))?;
-        let net = net.map_err(StartError::Network)?;
-        let tap = net.open_tap().map_err(StartError::Network)?;
-        let (exports, nbd) = serve_disk(&run, volume, uid)?;
-
-        let vm_files = VmFiles {
-            memory: run.memory.clone(),
-            qmp_socket: run.qmp(),
-            agent_socket: run.agent(),
-            disk: DiskBackend::Nbd { socket: run.nbd() },
-            tap_fd: tap.as_raw_fd(),
+        make_memory(&run, &source, &note, uid).await.map_err(prepare("the memory file"))?;
+        // QEMU maps the file, and looks into it only when it is told to load.
+        let filling = fill_memory(&run, &source);
+        let launching = Launched::begin(resources, &run, &mut note, volume);
+        let (filled, launched) = tokio::join!(filling, launching);
+        laps.lap("process and memory");
+        let Launched { net, exports, nbd, process, qmp } = launched?;
+        let started = async {
+            filled.map_err(prepare("the memory file"))?;
+            load(&run, &mut note, &source, &qmp).await?;
+            laps.lap("load");
+            connect_agent(&run, &qmp, &process).await
         };
-        let args = resources.model(note.size).arguments(&vm_files, &Start::Incoming);
-        let spec = resources.jail_spec(&run, note.slot, args, &net, tap.as_raw_fd());
-        let process = Arc::new(spawn(resources, &spec).await.map_err(prepare("the process"))?);
-        drop(tap);
-        note.process = Some(ProcessNote { pid: process.pid(), started: process.started() });
-        note.suspended_lsn = None;
-        let loaded = load(&run, &mut note, &source, &spec, &process).await;
-        let started = match loaded {
-            Ok(qmp) => connect_agent(&run, &qmp, &process).await.map(|agent| (qmp, agent)),
-            Err(error) => Err(error),
-        };
+        let started = started.await;
+        laps.lap("agent");
         match started {
-            Ok((qmp, agent)) => {
+            Ok(agent) => {
+                tracing::info!(sprite = %note.sprite, %laps, "a VM has started");
                 let ended = CancellationToken::new();
                 let net = Arc::new(net);
                 Ok(Self { run, note, agent, net, ended, exports, process, qmp, _slot: slot, _nbd: nbd })
             }
             Err(error) => {
-                // Nobody would hold it: it must not go on with the disk.
-                process.kill(KILL_LIMIT).await.map_err(StartError::Unkillable)?;
-                net.detach().await.map_err(StartError::Network)?;
+                end(&process, &net).await?;
                 Err(error)
             }
         }
@@ -470,22 +474,88 @@ async fn spend_image(run: &RunDir) -> io::Result<()> {
     .await
 }
 
-/// A fresh copy of the golden memory, or the sprite's own; readable by the VM's user.
-async fn prepare_memory(run: &RunDir, source: &Source<'_>, uid: u32) -> io::Result<()> {
-    let memory = run.memory.clone();
-    let spent = run.spent_state();
-    let golden = match source {
-        Source::Golden(golden) => Some(golden.memory.clone()),
-        Source::Suspended => None,
-    };
+/// The memory file, and the state that is loaded: readable by the VM's user. A copy is not filled yet.
+async fn make_memory(run: &RunDir, source: &Source<'_>, note: &VmNote, uid: u32) -> io::Result<()> {
+    let (memory, spent, bytes) = (run.memory.clone(), run.spent_state(), note.size.memory_bytes());
+    let is_copy = matches!(source, Source::Copy(_));
     blocking(move || {
-        match golden {
-            Some(from) => drop(files::copy_sparse(&from, &memory)?),
-            None => std::os::unix::fs::lchown(&spent, Some(uid), Some(uid))?,
+        if is_copy {
+            std::fs::File::create(&memory)?.set_len(bytes)?;
+        } else {
+            std::os::unix::fs::lchown(&spent, Some(uid), Some(uid))?;
         }
         std::os::unix::fs::lchown(&memory, Some(uid), Some(uid))
     })
     .await
+}
+
+async fn fill_memory(run: &RunDir, source: &Source<'_>) -> io::Result<()> {
+    let Source::Copy(snapshot) = source else { return Ok(()) };
+    let (from, to) = (snapshot.memory.clone(), run.memory.clone());
+    blocking(move || files::copy_sparse(&from, &to).map(drop)).await
+}
+
+/// A QEMU that waits for its state, and what it stands on.
+struct Launched {
+    net: SpriteNet,
+    exports: ExportTable,
+    nbd: NbdServer,
+    process: Arc<Process>,
+    qmp: Qmp,
+}
+
+impl Launched {
+    async fn begin(resources: &Resources, run: &RunDir, note: &mut VmNote, volume: Volume) -> Result<Self, StartError> {
+        let uid = resources.uid(note.slot);
+        let prepare = |what: &'static str| move |source: io::Error| StartError::Prepare { what, source };
+        let net = resources.network.attach(note.slot, uid).await.map_err(StartError::Network)?;
+        let tap = net.open_tap().map_err(StartError::Network)?;
+        let (exports, nbd) = serve_disk(run, volume, uid)?;
+        let vm_files = VmFiles {
+            memory: run.memory.clone(),
+            qmp_socket: run.qmp(),
+            agent_socket: run.agent(),
+            disk: DiskBackend::Nbd { socket: run.nbd() },
+            tap_fd: tap.as_raw_fd(),
+        };
+        let args = resources.model(note.size).arguments(&vm_files, &Start::Incoming);
+        let spec = resources.jail_spec(run, note.slot, args, &net, tap.as_raw_fd());
+        let process = Arc::new(spawn(resources, &spec).await.map_err(prepare("the process"))?);
+        drop(tap);
+        note.process = Some(ProcessNote { pid: process.pid(), started: process.started() });
+        note.suspended_lsn = None;
+        note.loading = true;
+        // The note is on disk before the VM can do anything, so that a next start finds the process.
+        let qmp_socket = run.qmp();
+        let meeting = async {
+            tokio::select! {
+                connected = Qmp::connect(&qmp_socket, QMP_LIMIT) => {
+                    connected.map_err(|source| StartError::Launch { log: log_tail(&spec), source })
+                }
+                () = process.ended() => Err(StartError::Ended { log: log_tail(&spec) }),
+            }
+        };
+        let (written, met) = tokio::join!(write_note(note, run), meeting);
+        match written.and(met) {
+            Ok(qmp) => Ok(Self { net, exports, nbd, process, qmp }),
+            Err(error) => {
+                end(&process, &net).await?;
+                Err(error)
+            }
+        }
+    }
+}
+
+async fn write_note(note: &VmNote, run: &RunDir) -> Result<(), StartError> {
+    let (note, run) = (note.clone(), run.clone());
+    let written = blocking(move || note.write_volatile(&run)).await;
+    written.map_err(|source| StartError::Prepare { what: "the VM's note", source })
+}
+
+/// Of a VM that did not start. Nobody would hold it: it must not go on with the disk.
+async fn end(process: &Process, net: &SpriteNet) -> Result<(), StartError> {
+    process.kill(KILL_LIMIT).await.map_err(StartError::Unkillable)?;
+    net.detach().await.map_err(StartError::Network)
 }
 
 fn serve_disk(run: &RunDir, volume: Volume, uid: u32) -> Result<(ExportTable, NbdServer), StartError> {
@@ -501,39 +571,15 @@ async fn spawn(resources: &Resources, spec: &JailSpec) -> io::Result<Process> {
     Process::watch(jailed.qemu_pid)
 }
 
-/// Loads the device state and lets the VM run. The note is on disk before the VM can do anything, so that a next start finds the process.
-async fn load(
-    run: &RunDir,
-    note: &mut VmNote,
-    source: &Source<'_>,
-    spec: &JailSpec,
-    process: &Process,
-) -> Result<Qmp, StartError> {
-    let state = source.state(run);
-    let write = |note: &VmNote| {
-        let (note, run) = (note.clone(), run.clone());
-        blocking(move || note.write_volatile(&run))
-    };
-    note.loading = true;
-    let loaded = async {
-        let qmp_socket = run.qmp();
-        let connected = tokio::select! {
-            connected = Qmp::connect(&qmp_socket, QMP_LIMIT) => connected,
-            () = process.ended() => return Err(StartError::Ended { log: log_tail(spec) }),
-        };
-        let qmp = connected.map_err(|source| StartError::Launch { log: log_tail(spec), source })?;
-        qmp.load_state(&state).await.map_err(StartError::Load)?;
-        Ok(qmp)
-    };
-    let (written, loaded) = tokio::join!(write(note), loaded);
-    let noted = |source| StartError::Prepare { what: "the VM's note", source };
-    written.map_err(noted)?;
-    let qmp = loaded?;
-    // A VM that has its memory again is whole. A copy of the golden VM is not, until its environment runs.
-    note.loading = matches!(source, Source::Golden(_));
-    write(note).await.map_err(noted)?;
-    qmp.cont().await.map_err(StartError::Load)?;
-    Ok(qmp)
+/// Loads the device state and lets the VM run.
+async fn load(run: &RunDir, note: &mut VmNote, source: &Source<'_>, qmp: &Qmp) -> Result<(), StartError> {
+    qmp.load_state(&source.state(run)).await.map_err(StartError::Load)?;
+    // A VM that has its memory again is whole. A copy of a snapshot is not, until it has its identity.
+    if matches!(source, Source::Suspended) {
+        note.loading = false;
+        write_note(note, run).await?;
+    }
+    qmp.cont().await.map_err(StartError::Load)
 }
 
 async fn connect_agent(run: &RunDir, qmp: &Qmp, process: &Process) -> Result<AgentClient, StartError> {

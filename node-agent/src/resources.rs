@@ -20,6 +20,7 @@ use crate::{
     net::{Network, SpriteNet},
     process::RunDir,
     qemu::{Accel, MachineModel},
+    seed::Seeds,
 };
 
 /// VMs one host can have, asleep ones not counted: each takes a network of four addresses and a user id.
@@ -47,6 +48,7 @@ pub struct Resources {
     pub qemu_version: String,
     pub kernel_digest: String,
     pub goldens: [OnceCell<Golden>; 3],
+    pub(crate) seeds: Seeds,
     /// VMs that may start at a time. Each costs CPU time until its guest answers: twenty side by side on two cores all take longer than a guest
     /// that answers at all ever should, and are given up; one after the other they are there in the same time.
     pub starts: Semaphore,

@@ -14,7 +14,7 @@ use std::{
     os::unix::fs::FileExt,
     path::PathBuf,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicU32, AtomicU64, Ordering},
     },
     time::Instant,
@@ -33,6 +33,7 @@ use super::{
     head::{KeptCheckpoint, Root},
     journal::{Appended, Log, LogError, PAYLOAD_BYTES_MAX, Record},
     pack::PackNames,
+    patch::Tracked,
     tree,
     types::{CheckpointMeta, Limits, Lsn, VolumeError},
 };
@@ -61,6 +62,8 @@ pub(super) struct Device {
     bell: Mutex<Option<Bell>>,
     /// Length of the read that rings it; 0 without one, so that reads need no lock.
     bell_bytes: AtomicU32,
+    /// Set while somebody wants to know what is written.
+    pub(super) tracked: OnceLock<Tracked>,
     /// One at a time.
     pub(super) bell_turn: Arc<AsyncMutex<()>>,
     /// Something to push.
@@ -139,6 +142,7 @@ impl Device {
             gate: Arc::default(),
             bell: Mutex::default(),
             bell_bytes: AtomicU32::new(0),
+            tracked: OnceLock::new(),
             bell_turn: Arc::default(),
             dirty: Notify::new(),
             progress: watch::Sender::new(0),
@@ -205,7 +209,7 @@ impl Device {
     }
 
     pub(super) async fn write(self: &Arc<Self>, offset: u64, bytes: Bytes) -> Result<(), DeviceError> {
-        self.checked(offset, bytes.len() as u64)?;
+        self.track(self.checked(offset, bytes.len() as u64)?);
         // A record lies in one segment.
         let most =
             usize::try_from(self.limits.segment_bytes / 4).map_or(PAYLOAD_BYTES_MAX, |max| max.min(PAYLOAD_BYTES_MAX));
@@ -221,8 +225,14 @@ impl Device {
 
     pub(super) async fn zero(self: &Arc<Self>, offset: u64, len_bytes: u32) -> Result<(), DeviceError> {
         let len = u64::from(len_bytes);
-        self.checked(offset, len)?;
+        self.track(self.checked(offset, len)?);
         self.change(Record::Hole { offset, len }).await
+    }
+
+    fn track(&self, range: Range<u64>) {
+        if let Some(tracked) = self.tracked.get() {
+            tracked.add(range);
+        }
     }
 
     async fn change(self: &Arc<Self>, record: Record) -> Result<(), DeviceError> {

@@ -2,6 +2,7 @@
 
 use std::{
     fmt,
+    ops::Range,
     sync::{Arc, Mutex, PoisonError, Weak},
     time::Instant,
 };
@@ -21,6 +22,7 @@ use super::{
     memory,
     open::Shared,
     owner::Command,
+    patch::{PATCH_BYTES_MAX, Patch, Piece, Tracked},
     tree::DISK_BYTES_MAX,
     types::{
         Checkpoint, CheckpointError, CheckpointMeta, MemoryError, MemoryInfo, MemorySource, MemoryTarget, VolumeError,
@@ -315,6 +317,42 @@ impl Volume {
 
     pub(crate) async fn extents(&self, offset: u64, len_bytes: u32) -> Result<Vec<Extent>, DeviceError> {
         self.device().extents(offset, len_bytes).await
+    }
+
+    /// From now on it is remembered where something is written, for [`written`](Self::written).
+    pub fn track_writes(&self) {
+        self.device().tracked.get_or_init(Tracked::default);
+    }
+
+    /// What the disk holds where it was written since [`track_writes`](Self::track_writes). Nobody may be writing.
+    ///
+    /// # Errors
+    ///
+    /// [`DeviceError::NoSpace`]: it is more than [`PATCH_BYTES_MAX`](super::PATCH_BYTES_MAX).
+    pub async fn written(&self) -> Result<Patch, DeviceError> {
+        let ranges = self.device().tracked.get().map(Tracked::pieces).unwrap_or_default();
+        let (mut pieces, mut held) = (Vec::with_capacity(ranges.len()), 0);
+        for Range { start, end } in ranges {
+            let len = u32::try_from(end - start).map_err(|_too_long| DeviceError::OutOfRange)?;
+            let bytes = self.read(start, len).await?;
+            held += bytes.as_ref().map_or(0, |bytes| bytes.len() as u64);
+            if held > PATCH_BYTES_MAX {
+                return Err(DeviceError::NoSpace);
+            }
+            pieces.push(Piece { offset: start, len, bytes });
+        }
+        Ok(Patch { pieces })
+    }
+
+    /// Writes a patch, on the local disk when this returns. A volume that began as the same base then equals the one the patch was made from.
+    pub async fn apply(&self, patch: &Patch) -> Result<(), DeviceError> {
+        for Piece { offset, len, bytes } in &patch.pieces {
+            match bytes {
+                Some(bytes) => self.write(*offset, bytes.clone()).await?,
+                None => self.zero(*offset, *len).await?,
+            }
+        }
+        self.flush().await
     }
 
     #[cfg(test)]

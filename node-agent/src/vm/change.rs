@@ -19,9 +19,11 @@ use super::{Change, Settled};
 use crate::{
     agent::{AgentClient, CallError},
     golden::Golden,
+    laps::Laps,
     net,
-    process::{Plan, VmNote, VmProcess, blocking},
+    process::{Plan, Snapshot, VmNote, VmProcess, blocking},
     resources::{Resources, Slot},
+    seed::Seed,
 };
 
 /// Ending the user's processes before a restore may take so long; then a fresh VM is the quicker way (ruling 15).
@@ -285,8 +287,11 @@ async fn fetch(resources: &Resources, parts: &Parts, golden: &Golden, volume: &V
         cleared.drop_image()
     });
     clear.await.map_err(|error| error.to_string())?;
-    let target =
-        MemoryTarget { memory_file: run.memory.clone(), golden_file: golden.memory.clone(), state_file: run.state() };
+    let target = MemoryTarget {
+        memory_file: run.memory.clone(),
+        golden_file: golden.snapshot.memory.clone(),
+        state_file: run.state(),
+    };
     let info = volume.fetch_memory(target).await.map_err(|error| chain(&error))?;
     Ok(VmNote {
         sprite: parts.id,
@@ -319,8 +324,68 @@ async fn open_disk(resources: &Resources, parts: &mut Parts) -> Result<Volume, S
     Ok(volume)
 }
 
+/// A sprite's first life, as a copy of the seed or, without one, of the golden VM. Says which.
+pub(crate) async fn begin_life(resources: &Resources, parts: &mut Parts) -> Result<&'static str, BootError> {
+    if let Some(seed) = resources.seeds.get(parts.size) {
+        match try_seed(resources, parts, &seed).await {
+            Ok(()) => return Ok("seed"),
+            Err(no_room @ BootError::NoRoom(_)) => return Err(no_room),
+            Err(BootError::Failed(reason)) => {
+                tracing::warn!(sprite = %parts.id, reason, "a copy of the seed is of no use; starting from the golden VM");
+                resources.seeds.give_up(parts.size);
+                end_process(parts).await;
+            }
+        }
+    }
+    try_boot(resources, parts, true).await?;
+    Ok("golden")
+}
+
+/// The disk gets what the seed has written, so that it fits the memory.
+async fn try_seed(resources: &Resources, parts: &mut Parts, seed: &Seed) -> Result<(), BootError> {
+    let mut laps = Laps::begin();
+    let volume = open_disk(resources, parts).await.map_err(|error| BootError::failed(&error))?;
+    volume.apply(&seed.disk).await.map_err(|error| BootError::failed(&error))?;
+    laps.lap("disk");
+    let record = parts.record.clone();
+    let process = start_copy(resources, parts, &seed.snapshot).await?;
+    laps.lap("VM");
+    configure(process, record.as_ref(), true).await.map_err(|error| BootError::failed(&error))?;
+    laps.lap("identity");
+    tracing::info!(sprite = %process.note.sprite, %laps, "a copy of the seed has begun");
+    process.start_is_finished().map_err(|error| BootError::failed(&error))
+}
+
+/// A golden VM on the disk with its environment started, that is not told who it is: what becomes a seed.
+pub(crate) async fn start_nameless(resources: &Resources, parts: &mut Parts) -> Result<(), BootError> {
+    let golden = resources.golden(parts.size).await.map_err(|error| BootError::failed(&error))?;
+    let process = start_copy(resources, parts, &golden.snapshot).await?;
+    let network_only = agent::ConfigureRequest { network: Some(net::guest_network()), ..Default::default() };
+    send_configuration(&process.agent, network_only).await.map_err(|error| BootError::failed(&error))?;
+    start_environment(&process.agent).await.map_err(|error| BootError::failed(&error))
+}
+
 /// Starts a VM on the disk and its environment in it. `fresh` is the sprite's first life.
 pub(crate) async fn try_boot(resources: &Resources, parts: &mut Parts, fresh: bool) -> Result<(), BootError> {
+    let mut laps = Laps::begin();
+    let golden = resources.golden(parts.size).await.map_err(|error| BootError::failed(&error))?;
+    let record = parts.record.clone();
+    let process = start_copy(resources, parts, &golden.snapshot).await?;
+    laps.lap("VM");
+    configure(process, record.as_ref(), fresh).await.map_err(|error| BootError::failed(&error))?;
+    laps.lap("identity");
+    start_environment(&process.agent).await.map_err(|error| BootError::failed(&error))?;
+    laps.lap("environment");
+    tracing::info!(sprite = %process.note.sprite, %laps, "a golden VM has become this sprite's");
+    process.start_is_finished().map_err(|error| BootError::failed(&error))
+}
+
+/// A copy of `snapshot` on the sprite's disk; its guest answers.
+async fn start_copy<'a>(
+    resources: &Resources,
+    parts: &'a mut Parts,
+    snapshot: &Snapshot,
+) -> Result<&'a mut VmProcess, BootError> {
     let slot = room(resources).map_err(BootError::NoRoom)?;
     let volume = open_disk(resources, parts).await.map_err(|error| BootError::failed(&error))?;
     let golden = resources.golden(parts.size).await.map_err(|error| BootError::failed(&error))?;
@@ -341,14 +406,12 @@ pub(crate) async fn try_boot(resources: &Resources, parts: &mut Parts, fresh: bo
     }
     parts.image = None;
     let plan = Plan { note, slot, volume: volume.clone() };
-    let process = VmProcess::start(resources, run, golden, plan).await.map_err(|error| BootError::failed(&error))?;
+    let process = VmProcess::start(resources, run, snapshot, plan).await.map_err(|error| BootError::failed(&error))?;
     let process = parts.process.insert(process);
     if volume.size_bytes() != DISK_BYTES_DEFAULT {
         process.announce_disk_size(volume.size_bytes()).await.map_err(|error| BootError::failed(&error))?;
     }
-    configure(process, parts.record.as_ref(), fresh).await.map_err(|error| BootError::failed(&error))?;
-    start_environment(&process.agent).await.map_err(|error| BootError::failed(&error))?;
-    process.start_is_finished().map_err(|error| BootError::failed(&error))
+    Ok(process)
 }
 
 /// Starts the environment of a VM that was met again, if it does not run: it ended, or a host died while it was starting it.
@@ -362,6 +425,8 @@ pub(crate) async fn mend_environment(process: &VmProcess, record: Option<&Sprite
 }
 
 /// Sends identity, time and entropy. Before user code runs, after every start (machine-and-vm.md).
+///
+/// An anonymous sprite has nobody who waits: its keys are made first, so that naming it costs nothing but the name.
 pub(crate) async fn configure(
     process: &VmProcess,
     record: Option<&SpriteRecord>,
@@ -375,6 +440,7 @@ pub(crate) async fn configure(
         version: proto::VERSION.into(),
         entropy,
         fresh_identity: fresh,
+        keys_first: record.is_none(),
         network: Some(net::guest_network()),
         ..Default::default()
     };
@@ -384,9 +450,13 @@ pub(crate) async fn configure(
         request.org.clone_from(&record.org);
         request.env = record.environment.clone().into_iter().collect();
     }
+    send_configuration(&process.agent, request).await
+}
+
+async fn send_configuration(agent: &AgentClient, mut request: agent::ConfigureRequest) -> Result<(), GuestError> {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     request.unix_time_ns = u64::try_from(now.as_nanos()).unwrap_or(u64::MAX);
-    match tokio::time::timeout(CONFIGURE_LIMIT, process.agent.configure(request)).await {
+    match tokio::time::timeout(CONFIGURE_LIMIT, agent.configure(request)).await {
         Ok(answer) => Ok(answer.map(drop)?),
         Err(_elapsed) => Err(GuestError::Silent("take its identity")),
     }

@@ -178,3 +178,23 @@ async fn memory_is_published_with_its_disk_fetched_elsewhere_and_retired() {
     let missing = MemorySource { state_file: site.dir.path().join("none"), ..source };
     assert!(matches!(volume.publish_memory(missing).await, Err(MemoryError::File { .. })));
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_patch_makes_another_volume_equal() {
+    let site = Site::new(small_limits()).await;
+    let base = site.base(&noise(1, 400_000), "image").await;
+    let create = async || site.store().create(SpriteId::generate(), &base, 4 << 20).await.unwrap();
+    let (one, two) = (create().await, create().await);
+    one.track_writes();
+    write(&one, 1000, &noise(2, 100_000)).await;
+    write(&one, 2 << 20, &noise(3, (1 << 20) + 77)).await;
+    one.zero(50_000, 4096).await.unwrap();
+    one.zero(200_000, 100_000).await.unwrap();
+    one.push().await.unwrap();
+    write(&one, 1500, &[9; 3]).await;
+    let patch = Patch::decode(one.written().await.unwrap().encode()).unwrap();
+    assert!(patch.data_bytes() >= (1 << 20) + 77 && patch.data_bytes() < 1_300_000, "{}", patch.data_bytes());
+    two.apply(&patch).await.unwrap();
+    assert!(read_all(&one).await == read_all(&two).await);
+    assert_eq!(create().await.written().await.unwrap(), Patch::default(), "nobody watched it");
+}
