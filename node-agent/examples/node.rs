@@ -56,7 +56,7 @@ async fn serve(settings: Settings) {
             rootfs: image.join("rootfs.ext4"),
             rootfs_digest: digest.trim().to_owned(),
         },
-        accel: Accel::Tcg,
+        accel: Accel::Tcg { tsc_khz: node_agent::tsc::steady_khz() },
         pool_size,
         sprited: "/proc/self/exe".into(),
         instance,

@@ -36,6 +36,7 @@ mod recover;
 mod resize;
 pub mod resources;
 mod seed;
+pub mod tsc;
 pub mod vm;
 
 use std::{io, path::PathBuf, process::Stdio, sync::Arc, time::Duration};

@@ -39,8 +39,8 @@ const CONSOLE_RING_BYTES: u32 = 65536;
 pub enum Accel {
     /// Hardware virtualisation, with a named CPU model that every host of the cluster has, never `host` (ruling 11).
     Kvm { cpu_model: String },
-    /// Software emulation: slower, and no boundary between tenants (ruling 11).
-    Tcg,
+    /// Software emulation: slower, and no boundary between tenants (ruling 11). The guest's time stamp counter is the host's; its rate, if it is steady.
+    Tcg { tsc_khz: Option<u32> },
 }
 
 impl Accel {
@@ -48,7 +48,7 @@ impl Accel {
     pub fn name(&self) -> &'static str {
         match self {
             Self::Kvm { .. } => "kvm",
-            Self::Tcg => "tcg",
+            Self::Tcg { .. } => "tcg",
         }
     }
 }
@@ -110,11 +110,15 @@ impl MachineModel {
         crate::digest::short(text.as_bytes())
     }
 
-    /// `tsc_early_khz` and `lpj` keep a busy host from hanging the boot at timer calibration; under KVM they would only be wrong.
+    /// `tsc_early_khz` and `lpj` keep a busy host from hanging the boot at timer calibration; under KVM they would only be wrong. `tsc=reliable` makes
+    /// the counter the guest's clock, which the kernel would not do by itself on two CPUs that do not promise it: it would count ticks, and never stop them.
     pub fn kernel_command_line(&self) -> String {
         let base = "console=ttyS0 panic=-1 quiet random.trust_cpu=on";
         match self.accel {
-            Accel::Tcg => format!("{base} no_timer_check lpj=5000000 tsc_early_khz=2600000"),
+            Accel::Tcg { tsc_khz: Some(khz) } => {
+                format!("{base} no_timer_check lpj=5000000 tsc_early_khz={khz} tsc=reliable")
+            }
+            Accel::Tcg { tsc_khz: None } => format!("{base} no_timer_check lpj=5000000 tsc_early_khz=2600000"),
             Accel::Kvm { .. } => base.to_owned(),
         }
     }
@@ -147,7 +151,7 @@ impl MachineModel {
                 push(&mut args, "-accel", "kvm");
                 push(&mut args, "-cpu", format!("{cpu_model},enforce"));
             }
-            Accel::Tcg => {
+            Accel::Tcg { .. } => {
                 push(&mut args, "-accel", "tcg,thread=multi");
                 push(&mut args, "-cpu", "max");
             }
@@ -219,6 +223,10 @@ mod tests {
         MachineModel { accel, size: SizeClass::M, qemu_version: "10.0.2".into(), kernel_digest: "abc".into() }
     }
 
+    fn tcg() -> Accel {
+        Accel::Tcg { tsc_khz: Some(2_100_000) }
+    }
+
     fn files() -> VmFiles {
         VmFiles {
             memory: "/dev/shm/s/x.mem".into(),
@@ -249,14 +257,16 @@ mod tests {
 
     #[test]
     fn tcg_fixes_the_timers() {
-        let args = machine(Accel::Tcg).arguments(&files(), &Start::Boot { kernel: "/k".into(), initrd: "/i".into() });
+        let args = machine(tcg()).arguments(&files(), &Start::Boot { kernel: "/k".into(), initrd: "/i".into() });
         assert_eq!(value_of(&args, "-accel"), "tcg,thread=multi");
-        assert!(value_of(&args, "-append").contains("tsc_early_khz="));
+        assert!(value_of(&args, "-append").ends_with("tsc_early_khz=2100000 tsc=reliable"));
+        let unsteady = machine(Accel::Tcg { tsc_khz: None }).kernel_command_line();
+        assert!(unsteady.contains("tsc_early_khz=") && !unsteady.contains("reliable"));
     }
 
     #[test]
     fn the_disk_waits_an_hour_for_its_server() {
-        let args = machine(Accel::Tcg).arguments(&files(), &Start::Incoming);
+        let args = machine(tcg()).arguments(&files(), &Start::Incoming);
         let disk: serde_json::Value = serde_json::from_str(value_of(&args, "-blockdev")).unwrap();
         assert!(disk["reconnect-delay"].as_u64().unwrap() >= 3600);
         assert_eq!(value_of(&args, "-incoming"), "defer");
@@ -264,8 +274,8 @@ mod tests {
 
     #[test]
     fn every_layout_has_all_devices_in_one_order() {
-        let boot = machine(Accel::Tcg).arguments(&files(), &Start::Boot { kernel: "/k".into(), initrd: "/i".into() });
-        let incoming = machine(Accel::Tcg).arguments(&files(), &Start::Incoming);
+        let boot = machine(tcg()).arguments(&files(), &Start::Boot { kernel: "/k".into(), initrd: "/i".into() });
+        let incoming = machine(tcg()).arguments(&files(), &Start::Incoming);
         let devices = |args: &[String]| -> Vec<String> {
             args.windows(2).filter(|pair| pair[0] == "-device").map(|pair| pair[1].clone()).collect()
         };
@@ -275,8 +285,9 @@ mod tests {
 
     #[test]
     fn the_key_changes_with_everything_a_snapshot_depends_on() {
-        let one = machine(Accel::Tcg);
-        let mut others = vec![machine(Accel::Kvm { cpu_model: "Haswell-noTSX".into() })];
+        let one = machine(tcg());
+        let mut others =
+            vec![machine(Accel::Tcg { tsc_khz: None }), machine(Accel::Kvm { cpu_model: "Haswell-noTSX".into() })];
         others.push(MachineModel { qemu_version: "10.0.3".into(), ..one.clone() });
         others.push(MachineModel { kernel_digest: "abd".into(), ..one.clone() });
         others.push(MachineModel { size: SizeClass::L, ..one.clone() });

@@ -15,6 +15,7 @@ use node_agent::{
     ImageFiles, NodeAgent, Shutdown,
     kvm::{self, Probe},
     qemu::Accel,
+    tsc,
 };
 use router::{
     NodeAddress, Router,
@@ -132,7 +133,10 @@ pub(crate) async fn start_node(config: &Config) -> anyhow::Result<NodePart> {
 async fn acceleration(config: &Config) -> anyhow::Result<(Accel, String)> {
     Ok(match tokio::task::spawn_blocking(kvm::probe).await? {
         Probe::Works { .. } => (Accel::Kvm { cpu_model: config.cpu_model.clone() }, "kvm".to_owned()),
-        Probe::Unusable(reason) => (Accel::Tcg, format!("tcg: {reason}")),
+        Probe::Unusable(reason) => {
+            let tsc_khz = tokio::task::spawn_blocking(tsc::steady_khz).await?;
+            (Accel::Tcg { tsc_khz }, format!("tcg: {reason}"))
+        }
     })
 }
 
