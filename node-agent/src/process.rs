@@ -506,11 +506,13 @@ struct Launched {
 
 impl Launched {
     async fn begin(resources: &Resources, run: &RunDir, note: &mut VmNote, volume: Volume) -> Result<Self, StartError> {
+        let mut laps = Laps::begin();
         let uid = resources.uid(note.slot);
         let prepare = |what: &'static str| move |source: io::Error| StartError::Prepare { what, source };
         let net = resources.network.attach(note.slot, uid).await.map_err(StartError::Network)?;
         let tap = net.open_tap().map_err(StartError::Network)?;
         let (exports, nbd) = serve_disk(run, volume, uid)?;
+        laps.lap("network");
         let vm_files = VmFiles {
             memory: run.memory.clone(),
             qmp_socket: run.qmp(),
@@ -525,6 +527,7 @@ impl Launched {
         note.process = Some(ProcessNote { pid: process.pid(), started: process.started() });
         note.suspended_lsn = None;
         note.loading = true;
+        laps.lap("jail");
         // The note is on disk before the VM can do anything, so that a next start finds the process.
         let qmp_socket = run.qmp();
         let meeting = async {
@@ -536,6 +539,8 @@ impl Launched {
             }
         };
         let (written, met) = tokio::join!(write_note(note, run), meeting);
+        laps.lap("QEMU");
+        tracing::debug!(sprite = %note.sprite, %laps, "a process has started");
         match written.and(met) {
             Ok(qmp) => Ok(Self { net, exports, nbd, process, qmp }),
             Err(error) => {

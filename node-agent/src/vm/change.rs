@@ -251,6 +251,7 @@ fn room(resources: &Resources) -> Result<Slot, &'static str> {
 }
 
 async fn try_resume(resources: &Resources, parts: &mut Parts, image: Image, slot: Slot) -> Result<(), String> {
+    let mut laps = Laps::begin();
     let volume = open_disk(resources, parts).await.map_err(|error| chain(&error))?;
     let golden = resources.golden(parts.size).await.map_err(|error| chain(&error))?;
     let image = match image {
@@ -262,10 +263,14 @@ async fn try_resume(resources: &Resources, parts: &mut Parts, image: Image, slot
         return Err(format!("the image belongs to disk position {:?}, the disk is at {lsn}", image.suspended_lsn));
     }
     volume.retire_memory().await.map_err(|error| chain(&error))?;
+    laps.lap("disk and image");
     let plan = Plan { note: image, slot, volume };
     let process =
         VmProcess::resume(resources, resources.run_dir(parts.id), golden, plan).await.map_err(|error| chain(&error))?;
+    laps.lap("VM");
     let configured = configure(&process, parts.record.as_ref(), false).await;
+    laps.lap("identity");
+    tracing::info!(sprite = %parts.id, %laps, "its memory runs again");
     parts.process = Some(process);
     configured.map_err(|error| chain(&error))
 }
