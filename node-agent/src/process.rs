@@ -299,7 +299,6 @@ impl VmProcess {
         if note.snapshot_key != golden.key {
             return Err(StartError::Incompatible { image: note.snapshot_key.clone(), host: golden.key.clone() });
         }
-        spend_image(&run).await.map_err(|source| StartError::Prepare { what: "the suspended image", source })?;
         Self::launch(resources, run, Source::Suspended, plan).await
     }
 
@@ -362,9 +361,9 @@ impl VmProcess {
         let uid = resources.uid(note.slot);
         let prepare = |what: &'static str| move |source: io::Error| StartError::Prepare { what, source };
         run.prepare(uid).map_err(prepare("the run folder"))?;
-        make_memory(&run, &source, &note, uid).await.map_err(prepare("the memory file"))?;
+        let filled_from = make_memory(&run, &source, &note, uid).await.map_err(prepare("the memory file"))?;
         // QEMU maps the file, and looks into it only when it is told to load.
-        let filling = fill_memory(&run, &source);
+        let filling = fill_memory(&run, &source, filled_from);
         let launching = Launched::begin(resources, &run, &mut note, volume);
         let (filled, launched) = tokio::join!(filling, launching);
         laps.lap("process and memory");
@@ -460,39 +459,46 @@ impl VmProcess {
     }
 }
 
-/// Renames the state file away, for good, and brings memory back to tmpfs if the host was rebooted since.
-async fn spend_image(run: &RunDir) -> io::Result<()> {
-    let run = run.clone();
+/// Makes the files that QEMU is started with, for the VM's user: the memory, which may still have to be filled, and the state. That of a suspended VM is
+/// renamed away, for good. Returns what the memory is filled from.
+async fn make_memory(run: &RunDir, source: &Source<'_>, note: &VmNote, uid: u32) -> io::Result<Option<PathBuf>> {
+    let (run, bytes) = (run.clone(), note.size.memory_bytes());
+    let copied = match source {
+        Source::Copy(snapshot) => Some(snapshot.memory.clone()),
+        Source::Suspended => None,
+    };
     blocking(move || {
-        std::fs::rename(run.state(), run.spent_state())?;
-        files::sync_folder(&run.folder)?;
-        if !run.memory.exists() {
-            files::copy_sparse(&run.memory_on_disk(), &run.memory)?;
+        let filled_from = match copied {
+            Some(snapshot) => Some(snapshot),
+            None => {
+                std::fs::rename(run.state(), run.spent_state())?;
+                std::os::unix::fs::lchown(run.spent_state(), Some(uid), Some(uid))?;
+                // Not there if the host was rebooted since.
+                (!run.memory.exists()).then(|| run.memory_on_disk())
+            }
+        };
+        if filled_from.is_some() {
+            std::fs::File::create(&run.memory)?.set_len(bytes)?;
         }
-        files::remove_if_there(&run.memory_on_disk())
+        std::os::unix::fs::lchown(&run.memory, Some(uid), Some(uid))?;
+        Ok(filled_from)
     })
     .await
 }
 
-/// The memory file, and the state that is loaded: readable by the VM's user. A copy is not filled yet.
-async fn make_memory(run: &RunDir, source: &Source<'_>, note: &VmNote, uid: u32) -> io::Result<()> {
-    let (memory, spent, bytes) = (run.memory.clone(), run.spent_state(), note.size.memory_bytes());
-    let is_copy = matches!(source, Source::Copy(_));
+/// After this the memory is complete, and an image that was renamed away is gone whatever happens to the host (ruling 2).
+async fn fill_memory(run: &RunDir, source: &Source<'_>, filled_from: Option<PathBuf>) -> io::Result<()> {
+    let (run, spent) = (run.clone(), matches!(source, Source::Suspended));
     blocking(move || {
-        if is_copy {
-            std::fs::File::create(&memory)?.set_len(bytes)?;
-        } else {
-            std::os::unix::fs::lchown(&spent, Some(uid), Some(uid))?;
+        if spent {
+            files::sync_folder(&run.folder)?;
         }
-        std::os::unix::fs::lchown(&memory, Some(uid), Some(uid))
+        if let Some(from) = filled_from {
+            files::copy_sparse(&from, &run.memory)?;
+        }
+        if spent { files::remove_if_there(&run.memory_on_disk()) } else { Ok(()) }
     })
     .await
-}
-
-async fn fill_memory(run: &RunDir, source: &Source<'_>) -> io::Result<()> {
-    let Source::Copy(snapshot) = source else { return Ok(()) };
-    let (from, to) = (snapshot.memory.clone(), run.memory.clone());
-    blocking(move || files::copy_sparse(&from, &to).map(drop)).await
 }
 
 /// A QEMU that waits for its state, and what it stands on.

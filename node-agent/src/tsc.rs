@@ -22,7 +22,7 @@ pub fn steady_khz() -> Option<u32> {
         return None;
     }
     let (ticks, time) = reading()?;
-    std::thread::sleep(WATCHED);
+    std::thread::park_timeout(WATCHED);
     let (later_ticks, later) = reading()?;
     rounded_khz(later_ticks.checked_sub(ticks)?, later.checked_sub(time)?)
 }
