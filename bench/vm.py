@@ -154,7 +154,8 @@ def bench_sleep(name, rounds):
 
 
 def bench_paused_http(name, rounds):
-    run(name, "/bin/bash", "-c", "cd /tmp && setsid python3 -m http.server 8080 >/dev/null 2>&1 </dev/null & sleep 2")
+    server = "cd /tmp && setsid python3 -m http.server 8080 >/dev/null 2>&1 </dev/null &"
+    run(name, "/bin/bash", "-c", f"{server} timeout {DEADLINE_S} bash -c 'until : </dev/tcp/127.0.0.1/8080; do sleep 0.1; done' 2>/dev/null")
     host = urllib.parse.urlsplit(call("GET", f"/v1/sprites/{name}")["url"]).hostname
     call("GET", "/", host=host, raw=True)
     awake, paused = [], []

@@ -35,6 +35,7 @@ use crate::{
 };
 
 mod share;
+mod sweep;
 
 /// Cold boot takes 3 s; a machine that runs a compiler beside it has been seen to need 40 s.
 const BOOT_LIMIT: Duration = Duration::from_secs(180);
@@ -84,6 +85,17 @@ pub enum GoldenError {
         "the host was too busy while the golden VM booted, so that copies of it would stand still; its kernel says: {said}"
     )]
     Clock { said: String },
+}
+
+/// Removes what no VM can start from any more; for the start of a node agent.
+pub async fn sweep(resources: &Resources) -> io::Result<()> {
+    let current = SizeClass::ALL.map(|size| resources.model(size).key()).into();
+    let (folders, in_memory) = (resources.golden_folder(), resources.config.memory.clone());
+    let removed = blocking(move || sweep::sweep(&folders, &in_memory, &current)).await?;
+    if removed > 0 {
+        tracing::info!(removed, "removed golden snapshots of earlier versions");
+    }
+    Ok(())
 }
 
 impl Golden {

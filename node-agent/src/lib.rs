@@ -139,6 +139,9 @@ impl NodeAgent {
         });
         // Before any VM is started: the living ones keep their slots.
         let noted = recover::read_notes(&resources).map_err(NodeError::Recover)?;
+        if let Err(error) = golden::sweep(&resources).await {
+            tracing::warn!(error = vm::change::chain(&error), "cannot remove golden snapshots of earlier versions");
+        }
         progress("making the golden snapshot");
         resources.golden(SizeClass::default()).await.map_err(NodeError::Golden)?;
         let (pool, filling) = Pool::new(Arc::clone(&resources), pool_size);
