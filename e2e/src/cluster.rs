@@ -2,7 +2,6 @@
 
 use std::{
     fs,
-    net::TcpListener,
     os::unix::process::CommandExt,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
@@ -16,7 +15,7 @@ use nix::{
 };
 use serde_json::Value;
 
-use crate::{COMMAND_DEADLINE, Finished, Sprite, bounded, eventually, random_text};
+use crate::{COMMAND_DEADLINE, Finished, Sprite, bounded, eventually, free_port, random_text};
 
 /// Importing the base image and booting the golden VM, without hardware virtualisation.
 const START_DEADLINE: Duration = Duration::from_secs(420);
@@ -74,8 +73,7 @@ impl Cluster {
         let instance = format!("e{}", random_text(3));
         let folder = options.folder.clone().unwrap_or_else(|| PathBuf::from(format!("/var/tmp/sprites-{instance}")));
         fs::create_dir_all(folder.join("home")).expect("the data folder can be made");
-        // Free now; somebody else may take it before sprited does, and then the start fails loudly.
-        let port = TcpListener::bind("127.0.0.1:0").and_then(|socket| socket.local_addr()).expect("a free port").port();
+        let port = free_port();
         let reaper = start_reaper(&folder, &instance);
         Self { folder, port, instance, options, reaper }
     }

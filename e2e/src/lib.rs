@@ -48,6 +48,20 @@ pub fn unique(stem: &str) -> String {
     format!("{stem}-{}", random_text(6))
 }
 
+/// A port nobody listens on, below those the kernel gives to outgoing connections (32768 and up): a server that is stopped
+/// and started again finds it free.
+///
+/// # Panics
+/// If none of many is free.
+pub fn free_port() -> u16 {
+    const PORTS: std::ops::Range<u16> = 20_000..32_768;
+    const TRIES: usize = 64;
+    (0..TRIES)
+        .map(|_| rand::random_range(PORTS))
+        .find(|port| std::net::TcpListener::bind(("127.0.0.1", *port)).is_ok())
+        .expect("a free port")
+}
+
 /// Lower-case letters and digits.
 pub(crate) fn random_text(len: usize) -> String {
     const ALPHABET: &[u8] = b"abcdefghijklmnopqrstuvwxyz0123456789";

@@ -1,7 +1,6 @@
 //! The bucket as a real S3 server, which goes away and comes back.
 
 use std::{
-    net::TcpListener,
     process::{Child, Command, Stdio},
     time::Duration,
 };
@@ -21,7 +20,7 @@ impl S3 {
     fn start() -> Self {
         let folder = std::path::PathBuf::from(format!("/var/tmp/{}", e2e::unique("sprites-s3")));
         std::fs::create_dir_all(&folder).expect("the folder can be made");
-        let port = TcpListener::bind("127.0.0.1:0").and_then(|socket| socket.local_addr()).expect("a free port").port();
+        let port = e2e::free_port();
         let mut s3 = Self { folder, port, server: None };
         s3.up();
         s3

@@ -264,11 +264,22 @@ fn query(name: &str) -> Vec<u8> {
     message
 }
 
+/// The kernel gives a port that is free for UDP; a connection of another program may hold its TCP half, then another is tried.
+async fn udp_and_tcp_on_one_port() -> (tokio::net::UdpSocket, tokio::net::TcpListener) {
+    const TRIES: usize = 64;
+    for _ in 0..TRIES {
+        let udp = tokio::net::UdpSocket::bind("127.0.0.1:0").await.unwrap();
+        if let Ok(tcp) = tokio::net::TcpListener::bind(udp.local_addr().unwrap()).await {
+            return (udp, tcp);
+        }
+    }
+    panic!("none of {TRIES} ports was free for UDP and TCP");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn names_are_asked_of_the_hosts_name_server_over_udp_and_tcp() {
-    let upstream = tokio::net::UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    let (upstream, upstream_tcp) = udp_and_tcp_on_one_port().await;
     let address = upstream.local_addr().unwrap();
-    let upstream_tcp = tokio::net::TcpListener::bind(address).await.unwrap();
     // A name server that answers everything with "no error, no records", with its mark in the last header byte.
     let reply = |query: &[u8]| {
         assert!(!query.windows(9).any(|part| part == b"localhost"), "localhost was asked upstream");
