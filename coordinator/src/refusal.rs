@@ -48,6 +48,9 @@ pub(crate) enum Refusal {
     Conflict(String),
     #[error("{0}")]
     Deadline(String),
+    /// A sprite that was to be woken did not start; the next request tries again.
+    #[error("{0}")]
+    NotStarted(String),
     /// The bucket or a host is away; nothing is lost.
     #[error("{0}")]
     Unavailable(String),
@@ -86,6 +89,7 @@ impl Refusal {
             Self::NoCapacity(_) => line(StatusCode::SERVICE_UNAVAILABLE, Code::ResourceExhausted, "no capacity"),
             Self::Conflict(_) => line(StatusCode::CONFLICT, Code::FailedPrecondition, "conflict"),
             Self::Deadline(_) => line(StatusCode::GATEWAY_TIMEOUT, Code::DeadlineExceeded, "not done in time"),
+            Self::NotStarted(_) => line(StatusCode::SERVICE_UNAVAILABLE, Code::Aborted, "sprite did not start"),
             Self::Unavailable(_) => line(StatusCode::SERVICE_UNAVAILABLE, Code::Unavailable, "temporarily unavailable"),
             Self::Failed(_) => line(StatusCode::INTERNAL_SERVER_ERROR, Code::Internal, "failed"),
         }
@@ -168,7 +172,8 @@ impl From<Status> for Refusal {
         match status.code() {
             Code::InvalidArgument | Code::OutOfRange => Self::Invalid(text),
             Code::ResourceExhausted => Self::NoCapacity(text),
-            Code::FailedPrecondition | Code::Aborted | Code::AlreadyExists => Self::Conflict(text),
+            Code::FailedPrecondition | Code::AlreadyExists => Self::Conflict(text),
+            Code::Aborted => Self::NotStarted(text),
             Code::DeadlineExceeded => Self::Deadline(text),
             Code::Cancelled => Self::Deadline(format!("the host did not answer in time: {text}")),
             Code::NotFound => Self::Unavailable(format!("the sprite's host does not have it at the moment: {text}")),
@@ -211,6 +216,7 @@ mod tests {
         check(Refusal::NameTaken { name: name() }, 409, "sprite already exists", Code::AlreadyExists);
         check(BadName::Empty.into(), 422, "name is required", Code::InvalidArgument);
         check(Refusal::NoCapacity("the host is full".into()), 503, "no capacity", Code::ResourceExhausted);
+        check(Status::aborted("QEMU ended at once").into(), 503, "sprite did not start", Code::Aborted);
         let limit = Refusal::TooManySprites { current: 7, max: 7 };
         assert_eq!((limit.to_json()["current_count"].as_u64(), limit.to_json()["limit"].as_u64()), (Some(7), Some(7)));
         check(limit, 429, "concurrent_sprite_limit_exceeded", Code::ResourceExhausted);

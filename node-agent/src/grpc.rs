@@ -325,11 +325,12 @@ fn create_status(error: CreateError) -> Status {
     }
 }
 
+/// The API's 503 and 504, as the data plane answers: another try may well do.
 pub(crate) fn wake_status(error: WakeError) -> Status {
     match error {
         WakeError::NotHere(id) => not_here(id),
         WakeError::NoCapacity(_) => Status::resource_exhausted(error.to_string()),
-        WakeError::Failed { .. } => Status::internal(error.to_string()),
+        WakeError::Failed { .. } => Status::aborted(error.to_string()),
         WakeError::Timeout(_) => Status::deadline_exceeded(error.to_string()),
     }
 }
