@@ -275,3 +275,12 @@ fn help_and_version_need_no_cluster() {
     sprite(&fake, &["exec", "--no-such-flag", "-s", "demo", "--", "true"]).code(2);
     sprite(&fake, &["no-such-command"]).code(2);
 }
+
+/// It cost 50 ms of every command; `.cargo/config.toml` says what replaces it.
+#[test]
+fn no_command_waits_for_jitter_entropy() {
+    let binary = std::fs::read(env!("CARGO_BIN_EXE_sprite")).unwrap();
+    let has = |symbol: &[u8]| binary.windows(symbol.len()).any(|bytes| bytes == symbol);
+    assert!(has(b"RAND_bytes"), "the binary has its symbols, or this test sees nothing");
+    assert!(!has(b"jent_read_entropy"), "AWS-LC was built without AWS_LC_SYS_NO_JITTER_ENTROPY");
+}
