@@ -273,9 +273,9 @@ fn await_end(pid: i32, deadline: Duration) {
 }
 
 fn start_reaper(folder: &Path, instance: &str) -> Child {
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("reaper.sh");
+    // Not the file's path: the clone that the tests were built from may be gone.
     Command::new("bash")
-        .arg(script)
+        .args(["-c", include_str!("../reaper.sh"), "reaper.sh"])
         .arg(folder)
         .arg(instance)
         .stdin(Stdio::piped())
