@@ -152,9 +152,11 @@ status() {
 }
 
 logs() {
-  local follow=''
-  if [ "${1:-}" = -f ]; then follow=1; shift; fi
-  read_options "$@"
+  local follow='' options=() word
+  for word in "$@"; do
+    if [ "$word" = -f ]; then follow=1; else options+=("$word"); fi
+  done
+  read_options ${options[@]+"${options[@]}"}
   [ -e "$(log_file)" ] || die "there is no log at $(log_file); nothing was started on $DATA yet"
   if [ -n "$follow" ]; then exec tail -n 200 -F "$(log_file)"; else exec cat "$(log_file)"; fi
 }
