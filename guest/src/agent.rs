@@ -64,7 +64,7 @@ impl Agent {
         let sessions = Sessions::new(Arc::clone(&environment), reaper, ports.clone(), host.subscribe());
         let hub = Hub::new(Arc::clone(&sessions), Arc::clone(&environment));
         Self {
-            life: Life::new(Arc::clone(&environment), Arc::clone(&sessions), Arc::clone(&hub)),
+            life: Life::new(Arc::clone(&environment), Arc::clone(&hub)),
             hub,
             environment,
             sessions,

@@ -261,8 +261,8 @@ mod tests {
 
     #[tokio::test]
     async fn a_restarted_host_is_an_error_at_once() {
-        let (hub, sessions, environment) = hub();
-        let life = Life::new(environment, sessions, Arc::clone(&hub));
+        let (hub, _sessions, environment) = hub();
+        let life = Life::new(environment, Arc::clone(&hub));
         let mut host = hub.watch();
         let api = Api { hub, life };
         let asked = tokio::spawn(forward(State(api), Method::POST, Uri::from_static("/v1/checkpoint"), Bytes::new()));
@@ -276,8 +276,8 @@ mod tests {
 
     #[tokio::test]
     async fn half_an_answer_does_not_look_whole() {
-        let (hub, sessions, environment) = hub();
-        let life = Life::new(environment, sessions, Arc::clone(&hub));
+        let (hub, _sessions, environment) = hub();
+        let life = Life::new(environment, Arc::clone(&hub));
         let mut host = hub.watch();
         let api = Api { hub: Arc::clone(&hub), life };
         let asked = tokio::spawn(forward(State(api), Method::GET, Uri::from_static("/v1/checkpoints"), Bytes::new()));

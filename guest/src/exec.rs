@@ -43,7 +43,7 @@ use crate::{
     environment::{Environment, NotRunning},
     identity,
     ports::Ports,
-    reaper::{Exit, Reaper},
+    reaper::Reaper,
     spawn::{Report, Step},
 };
 
@@ -328,14 +328,6 @@ impl Sessions {
             kill::kill(&session, signal, Duration::from_millis(request.timeout_ms.into()), &events).await;
         });
         Ok(out)
-    }
-
-    /// Runs a command of ours as root, without a session and without its output.
-    pub(crate) async fn run_quietly(&self, argv: &[&str]) -> Result<Exit, Status> {
-        let argv = argv.iter().map(|word| (*word).to_owned()).collect();
-        let start = ExecStart { argv, user: "root".into(), dir: "/".into(), ..ExecStart::default() };
-        let (_report, begun) = self.begin(start, BTreeMap::new()).await?;
-        Ok(begun.child.child().ended().await)
     }
 }
 

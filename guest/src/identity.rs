@@ -19,6 +19,7 @@ use nix::{
     time::{ClockId, clock_settime},
 };
 use proto::agent::{ConfigureRequest, Network};
+use ssh_key::{LineEnding, PrivateKey, private::Ed25519Keypair};
 
 use crate::{environment::DEVICE, log, sys};
 
@@ -26,9 +27,7 @@ use crate::{environment::DEVICE, log, sys};
 const FILE_BYTES_MAX: u64 = 64 << 10;
 const HOSTS: &str = "/etc/hosts";
 const MACHINE_ID: &str = "/etc/machine-id";
-const SSH_FOLDER: &str = "/etc/ssh";
-/// Makes host keys; they are only made where there is a server for them.
-pub(crate) const SSH_KEYGEN: &str = "/usr/bin/ssh-keygen";
+const SSH: &str = "/etc/ssh";
 
 /// What the host has told.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -69,6 +68,15 @@ pub(crate) enum ConfigureError {
     Hostname(#[source] io::Error),
     #[error(transparent)]
     Network(#[from] crate::net::NetError),
+}
+
+/// Why a sprite has no SSH host key of its own.
+#[derive(Debug, thiserror::Error)]
+enum HostKeyError {
+    #[error(transparent)]
+    File(#[from] io::Error),
+    #[error("cannot write it as OpenSSH does: {0}")]
+    Format(#[from] ssh_key::Error),
 }
 
 /// What concerns the machine, whether the environment runs or not; the network only if there is a new one. Returns how far the clock was off, in ms.
@@ -119,7 +127,9 @@ pub(crate) fn renew_filesystem_uuid(volume: &File) -> io::Result<()> {
     sys::set_ext4_uuid(volume, uuid)
 }
 
-/// Writes the sprite's name and resolver where programs look for them. Runs inside the environment.
+/// Writes the sprite's name and resolver where programs look for them, and in its first life what it must not share. Runs inside the environment.
+///
+/// What a first life did not get to the disk, because the host died within the seconds that the file system keeps it back, a later start makes up for.
 pub(crate) fn write_files(identity: &Identity, old_name: Option<&str>, fresh: bool) {
     let name = &identity.name;
     let mut files = Vec::new();
@@ -134,7 +144,7 @@ pub(crate) fn write_files(identity: &Identity, old_name: Option<&str>, fresh: bo
     if !identity.dns.is_empty() {
         files.push(("/etc/resolv.conf", format!("nameserver {}\n", identity.dns)));
     }
-    if fresh {
+    if fresh || read_plain(Path::new(MACHINE_ID)).is_ok_and(|id| id.is_empty()) {
         match random::<16>() {
             Ok(id) => files.push((MACHINE_ID, format!("{}\n", hex(&id)))),
             Err(error) => log!("no new machine-id: {error}"),
@@ -144,6 +154,9 @@ pub(crate) fn write_files(identity: &Identity, old_name: Option<&str>, fresh: bo
         if let Err(error) = write_if_different(Path::new(path), text.as_bytes()) {
             log!("{path}: {error}");
         }
+    }
+    if let Err(error) = renew_host_key(Path::new(SSH), name, fresh) {
+        log!("no SSH host key: {error}");
     }
 }
 
@@ -158,9 +171,14 @@ fn write_if_different(path: &Path, content: &[u8]) -> io::Result<()> {
     if read_plain(path).is_ok_and(|present| present == content) {
         return Ok(());
     }
+    write_whole(path, content, 0o644)
+}
+
+/// A reader sees the old file or the new one. What is in its place is replaced, not followed.
+fn write_whole(path: &Path, content: &[u8], mode: u32) -> io::Result<()> {
     let beside = path.with_extension("sprite-new");
     drop(fs::remove_file(&beside));
-    let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o644).open(&beside)?;
+    let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(mode).open(&beside)?;
     file.write_all(content)?;
     fs::rename(&beside, path)
 }
@@ -176,18 +194,34 @@ fn read_plain(path: &Path) -> io::Result<Vec<u8>> {
     Ok(content)
 }
 
-/// Removes the ssh host keys that came with the image. Says whether new ones can be made. Runs inside the environment.
-pub(crate) fn drop_ssh_host_keys() -> bool {
-    let Ok(entries) = fs::read_dir(SSH_FOLDER) else { return false };
-    for entry in entries.filter_map(Result::ok) {
-        let name = entry.file_name();
-        if name.to_string_lossy().starts_with("ssh_host_")
-            && let Err(error) = fs::remove_file(entry.path())
-        {
-            log!("{}: {error}", entry.path().display());
+/// Makes the SSH host key, if there is a server for it and it has none; a `fresh` sprite's is new in any case. Runs inside the environment.
+///
+/// Ed25519 is the one kind that every client of the last ten years knows. Made here and not by `ssh-keygen`, whose start under emulation costs more
+/// than the rest of a sprite's identity, so that nobody ever meets a sprite without its key.
+fn renew_host_key(ssh: &Path, host: &str, fresh: bool) -> Result<(), HostKeyError> {
+    let (private, public) = (ssh.join("ssh_host_ed25519_key"), ssh.join("ssh_host_ed25519_key.pub"));
+    if !ssh.join("sshd_config").exists() || !fresh && private.exists() {
+        return Ok(());
+    }
+    if fresh {
+        drop_host_keys(ssh)?;
+    }
+    let mut key = PrivateKey::from(Ed25519Keypair::from_seed(&random()?));
+    key.set_comment(format!("root@{host}"));
+    write_whole(&public, format!("{}\n", key.public_key().to_openssh()?).as_bytes(), 0o644)?;
+    write_whole(&private, key.to_openssh(LineEnding::LF)?.as_bytes(), 0o600)?;
+    Ok(())
+}
+
+/// Those that came with the disk, of whatever kind.
+fn drop_host_keys(ssh: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(ssh)? {
+        let entry = entry?;
+        if entry.file_name().to_string_lossy().starts_with("ssh_host_") {
+            fs::remove_file(entry.path())?;
         }
     }
-    Path::new(SSH_KEYGEN).exists()
+    Ok(())
 }
 
 /// Tells programs the disk's UUID as udev would: without it only root can ask. Runs inside the environment.
@@ -240,6 +274,32 @@ mod tests {
         nix::unistd::mkfifo(&file, nix::sys::stat::Mode::S_IRWXU).unwrap();
         write_if_different(&file, b"three\n").unwrap();
         assert_eq!(fs::read(&file).unwrap(), b"three\n");
+        fs::remove_dir_all(folder).unwrap();
+    }
+
+    #[test]
+    fn a_server_gets_its_host_key_once_and_openssh_reads_it() {
+        let folder = std::env::temp_dir().join(format!("sprite-ssh-{}", std::process::id()));
+        fs::create_dir_all(&folder).unwrap();
+        let private = folder.join("ssh_host_ed25519_key");
+        renew_host_key(&folder, "demo", true).unwrap();
+        assert!(!private.exists(), "made where there is no server");
+        fs::write(folder.join("sshd_config"), "").unwrap();
+        fs::write(folder.join("ssh_host_rsa_key"), "of the image").unwrap();
+        renew_host_key(&folder, "demo", true).unwrap();
+        assert!(!folder.join("ssh_host_rsa_key").exists(), "the image's key stayed");
+        let first = fs::read_to_string(&private).unwrap();
+        assert_eq!(fs::metadata(&private).unwrap().permissions().mode() & 0o777, 0o600);
+        let read = PrivateKey::from_openssh(&first).unwrap();
+        let public = fs::read_to_string(folder.join("ssh_host_ed25519_key.pub")).unwrap();
+        assert_eq!(public, format!("{}\n", read.public_key().to_openssh().unwrap()));
+        assert!(public.starts_with("ssh-ed25519 ") && public.ends_with(" root@demo\n"), "{public}");
+        // A later start leaves it alone, and makes one that was lost.
+        renew_host_key(&folder, "demo", false).unwrap();
+        assert_eq!(fs::read_to_string(&private).unwrap(), first);
+        fs::remove_file(&private).unwrap();
+        renew_host_key(&folder, "demo", false).unwrap();
+        assert_ne!(fs::read_to_string(&private).unwrap(), first);
         fs::remove_dir_all(folder).unwrap();
     }
 

@@ -18,7 +18,6 @@ use std::{
     collections::BTreeMap,
     io,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
 };
 
 use proto::agent::{ConfigureRequest, Network};
@@ -27,30 +26,15 @@ use tonic::Status;
 use crate::{
     api::{self, Api},
     environment::{Environment, Phase, Started},
-    exec::Sessions,
     identity::{self, Identity},
     log, sys,
     watch::Hub,
 };
 
-/// The one kind that every client of the last ten years knows. An RSA key takes half a minute under emulation.
-const MAKE_HOST_KEY: [&str; 7] =
-    [identity::SSH_KEYGEN, "-q", "-t", "ed25519", "-N", "", "-f/etc/ssh/ssh_host_ed25519_key"];
-/// The processor is the user's first command's first.
-const KEYS_AFTER: Duration = Duration::from_secs(1);
-
-/// When a sprite's SSH host keys are made: before it is answered that it is who it is, or behind that.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Keys {
-    First,
-    Later,
-}
-
 /// The parts that a start brings together.
 #[derive(Debug)]
 pub(crate) struct Life {
     environment: Arc<Environment>,
-    sessions: Arc<Sessions>,
     hub: Arc<Hub>,
     state: Mutex<State>,
     /// As it was set last. Not set again: users may have changed something since.
@@ -87,7 +71,7 @@ enum Due {
 }
 
 /// What is to be done on the disk, for whom.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 struct Work {
     identity: Identity,
     due: Due,
@@ -126,12 +110,20 @@ impl State {
         let old_name = written_name.replace(identity.name.clone());
         Some(Work { identity: identity.clone(), due, old_name })
     }
+
+    /// It was not done, or not all of it. The host may have said more since.
+    fn give_back(&mut self, work: Work) {
+        self.owe(work.due);
+        if let Self::Configured(configured) = self {
+            configured.written_name = work.old_name;
+        }
+    }
 }
 
 impl Life {
-    pub(crate) fn new(environment: Arc<Environment>, sessions: Arc<Sessions>, hub: Arc<Hub>) -> Arc<Self> {
+    pub(crate) fn new(environment: Arc<Environment>, hub: Arc<Hub>) -> Arc<Self> {
         let complete = tokio::sync::Mutex::new(false);
-        Arc::new(Self { environment, sessions, hub, state: Mutex::default(), network: Mutex::default(), complete })
+        Arc::new(Self { environment, hub, state: Mutex::default(), network: Mutex::default(), complete })
     }
 
     fn network(&self) -> MutexGuard<'_, Option<Network>> {
@@ -170,14 +162,14 @@ impl Life {
         if request.sprite_id.is_empty() {
             return Ok(clock_was_off_ms);
         }
-        let (fresh, keys) = (request.fresh_identity, if request.keys_first { Keys::First } else { Keys::Later });
+        let fresh = request.fresh_identity;
         self.state().configure(request.into(), fresh);
         // One that starts meanwhile finds what is due itself.
         if self.environment.phase() == Phase::Started {
             let life = Arc::clone(self);
             detached(async move {
                 let mut complete = life.complete.lock().await;
-                life.complete(&mut complete, keys).await
+                life.complete(&mut complete).await
             })
             .await?;
         }
@@ -197,16 +189,16 @@ impl Life {
             *complete = false;
             self.state().owe(Due::Files);
         }
-        self.complete(&mut complete, Keys::Later).await?;
+        self.complete(&mut complete).await?;
         Ok(started)
     }
 
     /// Gives the running environment what it lacks. One that has no name yet, which becomes a seed, gets nothing: its copies would share it.
-    async fn complete(self: &Arc<Self>, complete: &mut bool, keys: Keys) -> Result<(), Status> {
+    async fn complete(self: &Arc<Self>, complete: &mut bool) -> Result<(), Status> {
         if matches!(*self.state(), State::Golden) {
             return Ok(());
         }
-        self.bring_identity(keys).await?;
+        self.bring_identity().await?;
         if !*complete {
             let api = Api { hub: Arc::clone(&self.hub), life: Arc::clone(self) };
             api::start(api, &self.environment).await.map_err(unavailable)?;
@@ -216,18 +208,17 @@ impl Life {
     }
 
     /// Brings what is due to the disk of the running environment.
-    async fn bring_identity(&self, keys: Keys) -> Result<(), Status> {
+    async fn bring_identity(&self) -> Result<(), Status> {
         let Some(work) = self.state().take_work() else { return Ok(()) };
-        let due = work.due;
-        let brought = self.bring(work, keys).await;
+        let brought = self.bring(work.clone()).await;
         if brought.is_err() {
-            self.state().owe(due);
+            self.state().give_back(work);
         }
         brought
     }
 
     /// What cannot be done on the disk is logged: users may have changed anything there.
-    async fn bring(&self, work: Work, keys: Keys) -> Result<(), Status> {
+    async fn bring(&self, work: Work) -> Result<(), Status> {
         let volume = self.environment.volume().map_err(unavailable)?;
         let Work { identity, due, old_name } = work;
         let fresh = due == Due::Fresh;
@@ -237,36 +228,15 @@ impl Life {
             }
             sys::ext4_uuid(&volume)
         });
-        let make_keys = self.environment.inside(move || {
-            identity::write_files(&identity, old_name.as_deref(), fresh);
-            fresh && identity::drop_ssh_host_keys()
-        });
-        let (uuid, make_keys) = tokio::join!(uuid, make_keys);
-        let make_keys = make_keys.map_err(unavailable)?;
+        let written = self.environment.inside(move || identity::write_files(&identity, old_name.as_deref(), fresh));
+        let (uuid, written) = tokio::join!(uuid, written);
+        written.map_err(unavailable)?;
         let uuid = uuid.map_err(io::Error::other).flatten();
         let record = self.environment.inside(move || uuid.and_then(identity::write_device_record));
         if let Err(error) = record.await.map_err(unavailable)? {
             log!("no record of the disk: {error}");
         }
-        if make_keys {
-            let making = make_host_key(Arc::clone(&self.sessions));
-            match keys {
-                Keys::First => making.await,
-                Keys::Later => drop(tokio::spawn(async {
-                    tokio::time::sleep(KEYS_AFTER).await;
-                    making.await;
-                })),
-            }
-        }
         Ok(())
-    }
-}
-
-async fn make_host_key(sessions: Arc<Sessions>) {
-    match sessions.run_quietly(&MAKE_HOST_KEY).await {
-        Ok(exit) if exit.code() == 0 => {}
-        Ok(exit) => log!("{}: exit {}", identity::SSH_KEYGEN, exit.code()),
-        Err(status) => log!("{}: {}", identity::SSH_KEYGEN, status.message()),
     }
 }
 
@@ -327,8 +297,23 @@ mod tests {
         let failed = state.take_work().unwrap();
         // The host comes back, does not know, and says less.
         state.configure(named("demo"), false);
-        state.owe(failed.due);
-        assert_eq!(state.take_work(), work("demo", Due::Fresh, Some("demo")));
+        state.give_back(failed);
+        assert_eq!(state.take_work(), work("demo", Due::Fresh, None));
+    }
+
+    #[test]
+    fn a_name_that_did_not_reach_the_disk_leaves_the_old_one_known() {
+        let mut state = State::default();
+        state.configure(named("sprite"), true);
+        assert!(state.take_work().is_some());
+        state.configure(named("demo"), false);
+        let failed = state.take_work().unwrap();
+        state.give_back(failed);
+        assert_eq!(
+            state.take_work(),
+            work("demo", Due::Files, Some("sprite")),
+            "its /etc/hosts would keep the old name"
+        );
     }
 
     #[tokio::test]
@@ -343,7 +328,7 @@ mod tests {
         // The call is dropped while it waits, as tonic does when the host's session ends.
         assert!(futures_util::poll!(Box::pin(call)).is_pending());
         drop(go);
-        let done = tokio::time::timeout(Duration::from_secs(10), is_done).await;
+        let done = tokio::time::timeout(crate::watch::tests::LIMIT, is_done).await;
         assert_eq!(done.expect("nobody runs the call any more"), Ok("completed"));
     }
 }

@@ -16,8 +16,8 @@ fn sprites_created_at_once_all_work_and_differ_in_identity() {
         let creating: Vec<_> = (0..herd()).map(|_| scope.spawn(|| cluster.new_sprite("herd"))).collect();
         creating.into_iter().map(|thread| thread.join().expect("it is created")).collect()
     });
-    let identity = "until [ -s /etc/ssh/ssh_host_ed25519_key.pub ]; do sleep 0.1; done; cat /proc/sys/kernel/random/boot_id /etc/machine-id; findmnt -no UUID /; \
-                    head -c 16 /dev/urandom | od -An -tx1; ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub; hostname";
+    let identity = "cat /proc/sys/kernel/random/boot_id /etc/machine-id; findmnt -no UUID /; \
+                    head -c 16 /dev/urandom | od -An -tx1; sudo ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key; hostname";
     let identities: Vec<Vec<String>> = thread::scope(|scope| {
         let asking: Vec<_> = sprites
             .iter()

@@ -430,8 +430,6 @@ pub(crate) async fn mend_environment(process: &VmProcess, record: Option<&Sprite
 }
 
 /// Sends identity, time and entropy. Before user code runs, after every start (machine-and-vm.md).
-///
-/// An anonymous sprite has nobody who waits: its keys are made first, so that naming it costs nothing but the name.
 pub(crate) async fn configure(
     process: &VmProcess,
     record: Option<&SpriteRecord>,
@@ -445,7 +443,6 @@ pub(crate) async fn configure(
         version: proto::VERSION.into(),
         entropy,
         fresh_identity: fresh,
-        keys_first: record.is_none(),
         network: Some(net::guest_network()),
         ..Default::default()
     };
