@@ -24,7 +24,7 @@ use proto::record::{DISK_BYTES_DEFAULT, SizeClass};
 
 use crate::{
     agent::{AgentClient, ConnectError},
-    files, jail,
+    digest, files, jail,
     net::{NetError, SpriteNet},
     pid::Process,
     process::{RunDir, Snapshot, blocking},
@@ -91,7 +91,8 @@ pub enum GoldenError {
 pub async fn sweep(resources: &Resources) -> io::Result<()> {
     let current = SizeClass::ALL.map(|size| resources.model(size).key()).into();
     let (folders, in_memory) = (resources.golden_folder(), resources.config.memory.clone());
-    let removed = blocking(move || sweep::sweep(&folders, &in_memory, &current)).await?;
+    let base = digest::short(resources.config.image.rootfs_digest.as_bytes());
+    let removed = blocking(move || sweep::sweep(&folders, &in_memory, &current, &base)).await?;
     if removed > 0 {
         tracing::info!(removed, "removed golden snapshots of earlier versions");
     }

@@ -194,8 +194,8 @@ impl Host {
         match change::begin_life(resources, &mut parts).await {
             Ok(from) => {
                 // The next one of this size begins quicker.
-                let resources = Arc::clone(resources);
-                tokio::spawn(async move { seed::ensure(&resources, record_size).await });
+                let seeding = Arc::clone(resources);
+                resources.background.spawn(async move { seed::ensure(&seeding, record_size).await });
                 Ok((parts, from))
             }
             Err(error) => {

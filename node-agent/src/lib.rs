@@ -45,6 +45,7 @@ use blockstore::store::{Store, StoreConfig};
 use futures_util::{StreamExt as _, stream};
 use proto::{id::SpriteId, node::node_server::NodeServer, record::SizeClass};
 use tokio::net::UnixListener;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 pub use config::{Config, ImageFiles};
 use grpc::NodeService;
@@ -64,6 +65,8 @@ const QEMU: &str = "qemu-system-x86_64";
 const SHUTDOWN_PARALLEL: usize = 4;
 /// A stuck sprite must not hold the whole shutdown.
 const SHUTDOWN_LIMIT: Duration = Duration::from_secs(120);
+/// What is being made ahead of need stops at its next step, at most the start of a VM; `./dev up` gives a restart 30 s.
+const BACKGROUND_LIMIT: Duration = Duration::from_secs(20);
 
 /// Why a node agent does not start. Each says what to do.
 #[derive(Debug, thiserror::Error)]
@@ -136,6 +139,8 @@ impl NodeAgent {
             goldens: Default::default(),
             seeds: Default::default(),
             starts: resources::start_turns(),
+            background: TaskTracker::new(),
+            closing: CancellationToken::new(),
         });
         // Before any VM is started: the living ones keep their slots.
         let noted = recover::read_notes(&resources).map_err(NodeError::Recover)?;
@@ -148,7 +153,7 @@ impl NodeAgent {
         let host = Host::new(Arc::clone(&resources), pool);
         progress("taking up sprites");
         recover::recover(&resources, &host, noted, &progress).await.map_err(NodeError::Recover)?;
-        tokio::spawn(filling);
+        resources.background.spawn(filling);
         Ok(Self { host })
     }
 
@@ -180,9 +185,23 @@ impl NodeAgent {
 
     /// Ends the node agent. `progress` is told about each sprite.
     pub async fn shutdown(&self, mode: Shutdown, progress: impl Fn(&str) + Send + Sync) {
-        for prepared in self.host.pool().drain().await {
-            pool::free(self.host.resources(), prepared.parts).await;
+        tokio::join!(self.end_anonymous(), self.end_sprites(mode, progress));
+    }
+
+    /// Ends the VMs that were made ahead of need.
+    async fn end_anonymous(&self) {
+        let resources = self.host.resources();
+        resources.closing.cancel();
+        resources.background.close();
+        if tokio::time::timeout(BACKGROUND_LIMIT, resources.background.wait()).await.is_err() {
+            tracing::warn!("a VM that was being made ahead of need is left behind; the next node agent ends it");
         }
+        for prepared in self.host.pool().drain().await {
+            pool::free(resources, prepared.parts).await;
+        }
+    }
+
+    async fn end_sprites(&self, mode: Shutdown, progress: impl Fn(&str) + Send + Sync) {
         let ids = self.host.ids();
         if mode == Shutdown::Suspend {
             let asleep = ids.iter().map(|id| async {

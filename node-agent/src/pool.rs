@@ -83,17 +83,20 @@ impl Pool {
 
 async fn fill(resources: Arc<Resources>, size: SizeClass, sender: mpsc::Sender<Prepared>) {
     let mut full = sender.capacity() == 0;
+    let closing = resources.closing.clone();
     loop {
-        let Ok(permit) = sender.reserve().await else { return };
-        if full {
-            tokio::time::sleep(CALM).await;
+        let Some(Ok(permit)) = closing.run_until_cancelled(sender.reserve()).await else { return };
+        if full && closing.run_until_cancelled(tokio::time::sleep(CALM)).await.is_none() {
+            return;
         }
         match prepare(&resources, size).await {
             Ok(parts) => permit.send(Prepared { parts }),
             Err(reason) => {
                 tracing::warn!(reason, "cannot prepare a sprite for the pool");
                 drop(permit);
-                tokio::time::sleep(RETRY).await;
+                if closing.run_until_cancelled(tokio::time::sleep(RETRY)).await.is_none() {
+                    return;
+                }
             }
         }
         full = sender.capacity() == 0;

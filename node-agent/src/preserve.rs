@@ -70,6 +70,10 @@ pub(crate) async fn give_up(volume: Volume) {
 
 async fn push(resources: &Resources, image: &VmNote, volume: &Volume) -> Result<(), String> {
     let golden = resources.golden(image.size).await.map_err(|error| chain(&error))?;
+    if image.snapshot_key != golden.key {
+        let (has, made) = (&golden.key, &image.snapshot_key);
+        return Err(format!("its memory belongs to snapshot {made}, this host has {has}"));
+    }
     let run = resources.run_dir(image.sprite);
     let source = MemorySource {
         memory_file: run.memory.clone(),

@@ -3,15 +3,14 @@
 //! The volume grows, its NBD connection is closed so that QEMU connects again and reads the new size, QEMU tells the guest's driver, and the guest grows
 //! its file system online. A sprite that sleeps is woken for it.
 
-use std::time::Duration;
-
 use proto::id::SpriteId;
 use tonic::Status;
 
-use crate::{host::Host, vm::change::chain};
+use crate::{
+    host::Host,
+    vm::change::{GROW_LIMIT, chain},
+};
 
-/// Growing an ext4 by hundreds of GiB writes its new group descriptors: seconds, on a slow host more.
-const GROW_LIMIT: Duration = Duration::from_secs(120);
 /// A thin disk costs what is written; this only keeps numbers sane (ext4 with 4 KiB blocks ends at 16 TiB).
 const DISK_BYTES_MAX: u64 = 16 << 40;
 

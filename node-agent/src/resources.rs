@@ -11,6 +11,7 @@ use std::{
 use blockstore::store::{BaseId, Store};
 use proto::{id::SpriteId, record::SizeClass};
 use tokio::sync::{OnceCell, Semaphore};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     config::Config,
@@ -52,6 +53,10 @@ pub struct Resources {
     /// VMs that may start at a time. Each costs CPU time until its guest answers: twenty side by side on two cores all take longer than a guest
     /// that answers at all ever should, and are given up; one after the other they are there in the same time.
     pub starts: Semaphore,
+    /// Work ahead of need: seed and pool. Waited for when the node agent ends, so that no VM is left that nobody holds.
+    pub background: TaskTracker,
+    /// The node agent ends: nothing is begun ahead of need.
+    pub closing: CancellationToken,
 }
 
 /// A turn for each VM that may start now.

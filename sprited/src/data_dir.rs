@@ -79,6 +79,9 @@ impl DataDir {
     pub(crate) fn ready(&self) -> PathBuf {
         self.run().join("ready")
     }
+    pub(crate) fn tsc_khz(&self) -> PathBuf {
+        self.0.join("tsc_khz")
+    }
     pub(crate) fn node_socket(&self) -> PathBuf {
         self.run().join("node.sock")
     }

@@ -134,7 +134,10 @@ async fn acceleration(config: &Config) -> anyhow::Result<(Accel, String)> {
     Ok(match tokio::task::spawn_blocking(kvm::probe).await? {
         Probe::Works { .. } => (Accel::Kvm { cpu_model: config.cpu_model.clone() }, "kvm".to_owned()),
         Probe::Unusable(reason) => {
-            let tsc_khz = tokio::task::spawn_blocking(tsc::steady_khz).await?;
+            let kept = config.data.tsc_khz();
+            let shown = kept.display().to_string();
+            let tsc_khz = tokio::task::spawn_blocking(move || tsc::lasting_khz(&kept)).await?;
+            let tsc_khz = tsc_khz.with_context(|| format!("cannot keep this host's clock rate in {shown}"))?;
             (Accel::Tcg { tsc_khz }, format!("tcg: {reason}"))
         }
     })

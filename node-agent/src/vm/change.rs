@@ -36,6 +36,8 @@ const SYNC_LIMIT: Duration = Duration::from_secs(2);
 const CONFIGURE_LIMIT: Duration = Duration::from_secs(30);
 /// Mounting may replay the file system's journal; on a host under load that takes seconds.
 const ENVIRONMENT_LIMIT: Duration = Duration::from_secs(60);
+/// Growing an ext4 by hundreds of GiB writes its new group descriptors: seconds, on a slow host more.
+pub(crate) const GROW_LIMIT: Duration = Duration::from_secs(120);
 /// The guest's promise is [`STOP_ENVIRONMENT_MS`]; one that does not even answer is given up.
 const STOP_ANSWER_LIMIT: Duration = Duration::from_secs(3);
 
@@ -331,13 +333,25 @@ async fn open_disk(resources: &Resources, parts: &mut Parts) -> Result<Volume, S
 
 /// A sprite's first life, as a copy of the seed or, without one, of the golden VM. Says which.
 pub(crate) async fn begin_life(resources: &Resources, parts: &mut Parts) -> Result<&'static str, BootError> {
+    let from = first_vm(resources, parts).await?;
+    fill_disk(parts).await?;
+    Ok(from)
+}
+
+async fn first_vm(resources: &Resources, parts: &mut Parts) -> Result<&'static str, BootError> {
     if let Some(seed) = resources.seeds.get(parts.size) {
+        // The disk gets what the seed has written, so that it fits the memory. With half of it, it would be no file system for the golden VM either.
+        let volume = open_disk(resources, parts).await.map_err(|error| BootError::failed(&error))?;
+        volume.apply(&seed.disk).await.map_err(|error| BootError::failed(&error))?;
         match try_seed(resources, parts, &seed).await {
-            Ok(()) => return Ok("seed"),
+            Ok(()) => {
+                resources.seeds.worked(parts.size);
+                return Ok("seed");
+            }
             Err(no_room @ BootError::NoRoom(_)) => return Err(no_room),
             Err(BootError::Failed(reason)) => {
                 tracing::warn!(sprite = %parts.id, reason, "a copy of the seed is of no use; starting from the golden VM");
-                resources.seeds.give_up(parts.size);
+                resources.seeds.give_up(parts.size, &seed).await;
                 end_process(parts).await;
             }
         }
@@ -346,12 +360,21 @@ pub(crate) async fn begin_life(resources: &Resources, parts: &mut Parts) -> Resu
     Ok("golden")
 }
 
-/// The disk gets what the seed has written, so that it fits the memory.
+/// The base's file system has the default size: on a larger disk it grows.
+async fn fill_disk(parts: &Parts) -> Result<(), BootError> {
+    let (Some(process), Some(volume)) = (&parts.process, &parts.volume) else { return Ok(()) };
+    if volume.size_bytes() == DISK_BYTES_DEFAULT {
+        return Ok(());
+    }
+    match tokio::time::timeout(GROW_LIMIT, process.agent.grow_filesystem()).await {
+        Ok(grown) => grown.map(drop).map_err(|error| BootError::failed(&error)),
+        Err(_elapsed) => Err(BootError::failed(&GuestError::Silent("grow its file system"))),
+    }
+}
+
+/// On a disk that has what the seed has written.
 async fn try_seed(resources: &Resources, parts: &mut Parts, seed: &Seed) -> Result<(), BootError> {
     let mut laps = Laps::begin();
-    let volume = open_disk(resources, parts).await.map_err(|error| BootError::failed(&error))?;
-    volume.apply(&seed.disk).await.map_err(|error| BootError::failed(&error))?;
-    laps.lap("disk");
     let record = parts.record.clone();
     let process = start_copy(resources, parts, &seed.snapshot).await?;
     laps.lap("VM");
