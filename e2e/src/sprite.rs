@@ -30,6 +30,11 @@ impl<'a> Sprite<'a> {
         let mut arguments = vec!["create", name, "--skip-console"];
         arguments.extend(flags);
         cluster.sprite(arguments).success();
+        Self::existing(cluster, name)
+    }
+
+    /// One that was made in another way.
+    pub fn existing(cluster: &'a Cluster, name: &str) -> Self {
         let mut sprite = Self { cluster, name: name.to_owned(), id: String::new() };
         let id = sprite.record()["id"].as_str().expect("a sprite has an id").to_owned();
         id.trim_start_matches("sprite-").clone_into(&mut sprite.id);

@@ -1,6 +1,8 @@
 //! Everything of a host dies at once, at any moment.
 
-use e2e::{Cluster, Options};
+use std::{fs, path::PathBuf, time::Duration};
+
+use e2e::{Cluster, Options, eventually};
 
 use crate::one_at_a_time;
 
@@ -14,4 +16,35 @@ fn when_everything_is_killed_the_disk_is_whole_to_the_last_fsync() {
     assert!(sprite.kill_qemu());
     cluster.start_sprited();
     sprite.sh("sha256sum --check --status ~/sums && test $(ls ~/d | wc -l) = 41");
+}
+
+/// The folder of the host's seed, once there is one.
+fn seed(cluster: &Cluster) -> PathBuf {
+    eventually("a seed", Duration::from_secs(60), || {
+        let golden = fs::read_dir(cluster.folder().join("node/golden")).map_err(|error| error.to_string())?;
+        let mut inner = golden.flatten().filter_map(|folder| fs::read_dir(folder.path()).ok()).flatten().flatten();
+        let seed = inner.find(|entry| {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            name.starts_with("seed-") && !name.ends_with(".new")
+        });
+        seed.map(|entry| entry.path()).ok_or_else(|| "there is none".to_owned())
+    })
+}
+
+#[test]
+fn a_seed_that_does_not_start_costs_no_create_and_is_made_anew() {
+    let _turn = one_at_a_time();
+    let cluster = Cluster::start(Options { flags: vec!["--pool-size".into(), "0".into()], ..Options::default() });
+    let seed_folder = seed(&cluster);
+    fs::write(seed_folder.join("state"), "no state of a machine").expect("it is written");
+    let sprite = cluster.new_sprite("all");
+    assert_eq!(sprite.sh("echo works"), "works");
+    assert!(!seed_folder.exists(), "the next node agent would load it");
+    // Another sprited need not wait until the host tries again by itself.
+    cluster.stop_sprited();
+    cluster.start_sprited();
+    assert_eq!(seed(&cluster), seed_folder, "of the same golden VM and base");
+    let state = fs::metadata(seed_folder.join("state")).expect("it is there").len();
+    assert!(state > 10_000, "{state} bytes");
+    assert_eq!(cluster.new_sprite("all").sh("echo works"), "works");
 }
