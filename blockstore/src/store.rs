@@ -43,6 +43,7 @@ mod core;
 mod device;
 mod extent;
 mod fetch;
+mod fork;
 mod frame;
 mod head;
 mod journal;
@@ -64,8 +65,8 @@ pub use head::{Head, HeadState};
 pub use open::Store;
 pub use patch::{PATCH_BYTES_MAX, Patch};
 pub use types::{
-    BaseError, Checkpoint, CheckpointError, CheckpointMeta, Consistency, Epoch, Generation, Limits, Lsn, MemoryError,
-    MemoryInfo, MemorySource, MemoryTarget, StoreConfig, StoreError, VolumeError, VolumeStatus,
+    BaseError, Checkpoint, CheckpointError, CheckpointMeta, Consistency, Epoch, ForkError, Generation, Limits, Lsn,
+    MemoryError, MemoryInfo, MemorySource, MemoryTarget, StoreConfig, StoreError, VolumeError, VolumeStatus,
 };
 pub use volume::{SealOnRead, Volume};
 

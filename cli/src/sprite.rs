@@ -92,6 +92,10 @@ impl Sprite {
                 .map(|items| items.iter().filter_map(Value::as_str).collect::<Vec<_>>().join(", "));
             items.unwrap_or_default()
         };
+        let from = match (self.0["from"]["sprite"].as_str(), self.0["from"]["checkpoint"].as_str()) {
+            (Some(sprite), Some(checkpoint)) => format!("{sprite}@{checkpoint}"),
+            _ => String::new(),
+        };
         let always_on = if self.0["always_on"] == true { "yes" } else { "" };
         let facts = [
             ("name", self.text("name").to_owned()),
@@ -104,6 +108,7 @@ impl Sprite {
             ("disk", disk.unwrap_or_default()),
             ("in the bucket", in_bucket.unwrap_or_default()),
             ("created", self.ago("created_at", now).unwrap_or_default()),
+            ("forked from", from),
             ("last active", self.ago("last_active_at", now).unwrap_or_default()),
             ("sleeps after", self.text("idle_timeout").to_owned()),
             ("always on", always_on.to_owned()),

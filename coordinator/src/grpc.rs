@@ -12,7 +12,7 @@ use proto::{
         RestoreCheckpointRequest, SleepSpriteRequest, SleepSpriteResponse, Sprite, UpdateSpriteRequest,
         WakeSpriteRequest, WakeSpriteResponse, WatchSpritesRequest, sprites_server::Sprites,
     },
-    record::{DISK_BYTES_DEFAULT, UrlAuth, UrlSettings},
+    record::{UrlAuth, UrlSettings},
 };
 use tonic::{
     Request, Response, Status, Streaming,
@@ -199,8 +199,9 @@ fn new_sprite(request: CreateSpriteRequest) -> Result<NewSprite, Refusal> {
     let idle_timeout = Some(request.idle_timeout.as_str()).filter(|text| !text.is_empty());
     Ok(NewSprite {
         name: request.name.parse::<SpriteName>()?,
-        size: rest::size(&request.size)?,
-        disk_bytes: DISK_BYTES_DEFAULT,
+        size: Some(request.size.as_str()).filter(|size| !size.is_empty()).map(rest::size).transpose()?,
+        disk_bytes: None,
+        from: request.from.map(|from| rest::fork_source(Some(from.sprite), Some(from.checkpoint))).transpose()?,
         labels: labels(request.labels)?,
         environment: request.environment.into_iter().collect(),
         url_settings: UrlSettings { auth: url_auth(request.public), private_access: None },

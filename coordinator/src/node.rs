@@ -86,9 +86,10 @@ impl Node {
         match within(CREATE_LIMIT, client.create(request)).await {
             Ok(reply) => Ok(reply),
             Err(status) => Err(match status.code() {
-                tonic::Code::ResourceExhausted | tonic::Code::InvalidArgument | tonic::Code::Internal => {
-                    CreateFailure::Refused(status)
-                }
+                tonic::Code::ResourceExhausted
+                | tonic::Code::InvalidArgument
+                | tonic::Code::FailedPrecondition
+                | tonic::Code::Internal => CreateFailure::Refused(status),
                 _ => CreateFailure::Unclear(status),
             }),
         }

@@ -42,7 +42,7 @@ mod ndjson;
 mod sprites;
 mod watch;
 
-pub(crate) use sprites::{read_token, size, token_after};
+pub(crate) use sprites::{fork_source, read_token, size, token_after};
 
 const VERSION_HEADER: HeaderName = HeaderName::from_static("sprite-version");
 /// The largest body of a call here: an environment of 64 KiB in JSON, with room.

@@ -73,8 +73,10 @@ pub(crate) struct Parts {
 #[derive(Clone, Debug)]
 pub(crate) struct NewSprite {
     pub(crate) name: SpriteName,
-    pub(crate) size: SizeClass,
-    pub(crate) disk_bytes: u64,
+    /// The default: medium, or what the sprite has that it is forked from.
+    pub(crate) size: Option<SizeClass>,
+    pub(crate) disk_bytes: Option<u64>,
+    pub(crate) from: Option<ForkSource>,
     pub(crate) labels: Vec<String>,
     pub(crate) environment: Environment,
     pub(crate) url_settings: UrlSettings,
@@ -84,6 +86,14 @@ pub(crate) struct NewSprite {
     pub(crate) wait_for_capacity: bool,
     /// A sprite of that name that was made under the same id is the answer, not a refusal.
     pub(crate) request_id: Option<String>,
+}
+
+/// What a new sprite's disk begins as.
+#[derive(Clone, Debug)]
+pub(crate) struct ForkSource {
+    pub(crate) sprite: String,
+    /// `None`: as it is now.
+    pub(crate) checkpoint: Option<String>,
 }
 
 /// A change of settings. `None`: stays as it is.

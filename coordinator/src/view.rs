@@ -101,6 +101,7 @@ impl View {
             "events": status.events,
             "idle_timeout": idle_timeout(record),
             "always_on": record.always_on,
+            "from": record.from.as_ref().map(|from| json!({ "sprite": from.name, "checkpoint": from.checkpoint })),
             "wake_at": record.wake_at.iter().copied().map(time).collect::<Vec<_>>(),
             "wake_every": record.wake_every_ms.map(duration::format_ms),
         });
@@ -129,6 +130,10 @@ impl View {
             disk_bytes: status.disk_bytes.max(record.disk_bytes),
             used_bytes: status.used_bytes,
             generation: status.generation,
+            from: record
+                .from
+                .as_ref()
+                .map(|from| public::ForkSource { sprite: from.name.to_string(), checkpoint: from.checkpoint.clone() }),
         }
     }
 

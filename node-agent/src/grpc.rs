@@ -2,6 +2,7 @@
 
 use std::pin::Pin;
 
+use blockstore::store::ForkError;
 use futures_util::{Stream, StreamExt as _};
 use proto::{
     id::SpriteId,
@@ -322,6 +323,17 @@ fn create_status(error: CreateError) -> Status {
         CreateError::NoCapacity(_) => Status::resource_exhausted(error.to_string()),
         CreateError::Record(_) => Status::unavailable(chain(&error)),
         CreateError::Start(_) => Status::internal(chain(&error)),
+        CreateError::Fork(ForkError::Store(_)) => Status::unavailable(chain(&error)),
+        CreateError::Fork(ForkError::TooSmall { .. }) => Status::invalid_argument(error.to_string()),
+        CreateError::Fork(ForkError::TooMany { .. }) => Status::failed_precondition(error.to_string()),
+        CreateError::Fork(ForkError::Parent { ref source, .. }) => {
+            let status = checkpoint_status(source);
+            match status.code() {
+                // Of a checkpoint that the caller has named.
+                tonic::Code::NotFound => Status::invalid_argument(chain(&error)),
+                code => Status::new(code, chain(&error)),
+            }
+        }
     }
 }
 

@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use blockstore::bucket::RecordError;
+use blockstore::{bucket::RecordError, store::ForkError};
 use proto::{
     id::SpriteId,
     node::SpriteStatus,
@@ -93,13 +93,15 @@ pub enum CreateError {
     Record(#[source] RecordError),
     #[error("the new sprite does not start: {0}")]
     Start(String),
+    #[error(transparent)]
+    Fork(ForkError),
 }
 
 /// A sprite that was just made.
 #[derive(Clone, Copy, Debug)]
 pub struct Created {
     pub id: SpriteId,
-    /// `pool`, `seed` or `golden`.
+    /// `pool`, `seed`, `golden` or `fork`.
     pub from: &'static str,
 }
 
@@ -130,7 +132,8 @@ impl Host {
     /// Not cancel safe: a sprite made for a caller that is gone stays, and its name object says so.
     pub async fn create(&self, mut record: SpriteRecord) -> Result<Created, CreateError> {
         let mut laps = Laps::begin();
-        let fits = record.size == self.0.pool.size() && record.disk_bytes == DISK_BYTES_DEFAULT;
+        let is_plain = record.from.is_none() && record.disk_bytes == DISK_BYTES_DEFAULT;
+        let fits = is_plain && record.size == self.0.pool.size();
         let pooled = if fits { self.0.pool.take().await } else { None };
         let named = match pooled {
             Some(prepared) => self.name(prepared, &mut record).await,
@@ -178,11 +181,24 @@ impl Host {
     async fn make(&self, record: &SpriteRecord) -> Result<(Parts, &'static str), CreateError> {
         let resources = &self.0.resources;
         let record_size = record.size;
-        let volume = resources
-            .store
-            .create(record.id, &resources.base, record.disk_bytes)
-            .await
-            .map_err(|error| CreateError::Start(chain(&error)))?;
+        let volume = match &record.from {
+            None => {
+                let created = resources.store.create(record.id, &resources.base, record.disk_bytes).await;
+                created.map_err(|error| CreateError::Start(chain(&error)))?
+            }
+            Some(from) => {
+                let forked = resources.store.fork(record.id, from.id, &from.checkpoint, Some(record.disk_bytes)).await;
+                match forked {
+                    Ok(volume) => volume,
+                    Err(error) => {
+                        if let Err(left) = resources.store.destroy(record.id).await {
+                            tracing::warn!(sprite = %record.id, error = chain(&left), "half a fork is left");
+                        }
+                        return Err(CreateError::Fork(error));
+                    }
+                }
+            }
+        };
         let mut parts = Parts {
             id: record.id,
             size: record.size,

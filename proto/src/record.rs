@@ -58,9 +58,21 @@ pub struct SpriteRecord {
     /// What its maker called the create, so that a repeated one finds this sprite instead of a name that is taken.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub request_id: Option<String>,
+    /// What its disk began as; none: the base image.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from: Option<ForkedFrom>,
     /// Set by destroy before anything is freed.
     #[serde(default)]
     pub deleted: bool,
+}
+
+/// A checkpoint of another sprite, which may be gone by now.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ForkedFrom {
+    pub id: SpriteId,
+    /// What it was called then.
+    pub name: SpriteName,
+    pub checkpoint: String,
 }
 
 impl SpriteRecord {
@@ -211,6 +223,7 @@ mod tests {
             wake_every_ms: every_s.map(|seconds| seconds * 1000),
             wakes_done: None,
             request_id: None,
+            from: None,
             deleted: false,
         }
     }

@@ -15,7 +15,7 @@
 //! A tree is made from a tree of the head: it names packs of that one, and new packs. So a pack that no tree of a *committed* head names, and that is not
 //! new, will never be named again, by this owner or by any that comes after it. New are those numbered from [`Start::before`] on; an upload of memory that
 //! is under way with lower numbers puts the survey off. A stale owner may therefore sweep too: what it finds dead is. Only packs of the volume itself are
-//! looked at; base images are shared, and kept. Forks, once there are any, have to pin what they take over.
+//! looked at; base images are shared, and kept. A fork names packs of its parent: the parent's head pins what it began as, before there is a fork (`fork`).
 //!
 //! # Bounds
 //!
@@ -30,12 +30,14 @@ use std::{
 };
 
 use futures_util::{StreamExt, TryStreamExt, future::join_all, stream};
+use proto::id::SpriteId;
 use tokio::task::JoinSet;
 use tokio_util::task::{TaskTracker, task_tracker::TaskTrackerToken};
 
 use super::{
     device::Device,
     fetch::Fetcher,
+    fork,
     head::{Head, Origin, PackId, Place, Root},
     pack::PackWriter,
     page::{Leaf, Page},
@@ -69,6 +71,8 @@ pub(super) struct Compaction {
     surveyed: bool,
     /// Number of pushes after which the next survey begins.
     survey_at: u32,
+    /// Pins of forks that do not exist, for the next push.
+    gone_forks: Vec<SpriteId>,
 }
 
 /// What the next push takes along.
@@ -94,10 +98,11 @@ struct Compacted {
     moves: Option<Moves>,
     /// Pushes until the next one is worth it.
     next_after: u32,
+    gone_forks: Vec<SpriteId>,
 }
 
 #[derive(Debug, thiserror::Error)]
-enum CompactError {
+pub(super) enum CompactError {
     #[error("its trees have more than {0} pages")]
     TooManyPages(usize),
     #[error(transparent)]
@@ -106,12 +111,17 @@ enum CompactError {
 
 impl Compaction {
     pub(super) fn new(survey_pushes: u32) -> Self {
-        Self { task: JoinSet::new(), moves: None, surveyed: false, survey_at: survey_pushes }
+        Self { task: JoinSet::new(), moves: None, surveyed: false, survey_at: survey_pushes, gone_forks: Vec::new() }
     }
 
     /// For the next push.
     pub(super) fn moves(&self) -> Option<&Moves> {
         self.moves.as_ref()
+    }
+
+    /// Pins to be taken out of the head by the next push.
+    pub(super) fn gone_forks(&self) -> &[SpriteId] {
+        &self.gone_forks
     }
 
     /// What the head is to say with the next push, if it says `pushes` now.
@@ -123,6 +133,7 @@ impl Compaction {
     pub(super) fn pushed(&mut self) {
         self.moves = None;
         self.surveyed = false;
+        self.gone_forks.clear();
     }
 
     /// Something the moves touch is damaged: a push must not fail over what it need not touch.
@@ -164,8 +175,8 @@ impl Compaction {
         let Some(ended) = self.task.join_next().await else { return };
         let pushes = device.core().head.pushes_since_survey;
         let failed = match ended {
-            Ok(Ok(Compacted { moves, next_after })) => {
-                (self.moves, self.surveyed, self.survey_at) = (moves, true, next_after);
+            Ok(Ok(Compacted { moves, next_after, gone_forks })) => {
+                (self.moves, self.surveyed, self.survey_at, self.gone_forks) = (moves, true, next_after, gone_forks);
                 return;
             }
             Ok(Err(error)) => error.to_string(),
@@ -217,7 +228,8 @@ async fn compact(device: &Device, start: &Start) -> Result<Compacted, CompactErr
     if moved > 0 || !dead.is_empty() {
         tracing::debug!(volume = %device.id, packs = survey.packs.len(), deleted = dead.len(), moved, "compacted");
     }
-    Ok(Compacted { moves, next_after })
+    let gone_forks = fork::gone(&device.fetcher.bucket, &start.head.forks).await;
+    Ok(Compacted { moves, next_after, gone_forks })
 }
 
 /// Deletes packs, once nobody reads a tree that may name them.
@@ -351,7 +363,22 @@ impl Survey {
 fn kept_roots(head: &Head) -> impl Iterator<Item = Root> {
     let checkpoints = head.checkpoints.iter().filter_map(|checkpoint| checkpoint.kept.as_ref()?.root);
     let memory = head.memory.iter().flat_map(|memory| [memory.root, memory.state_root]).flatten();
-    checkpoints.chain(memory)
+    let forks = head.forks.iter().filter_map(|fork| fork.root);
+    checkpoints.chain(memory).chain(forks)
+}
+
+/// The packs of `origin` that are named anywhere under `roots`.
+pub(super) async fn named(
+    fetcher: &Fetcher,
+    origin: Origin,
+    roots: impl IntoIterator<Item = Root>,
+) -> Result<HashSet<PackId>, CompactError> {
+    let mut packs = HashSet::new();
+    walk(fetcher, origin, roots, |item| {
+        packs.insert(item.place().pack);
+    })
+    .await?;
+    Ok(packs)
 }
 
 /// Shows `visit` everything under `roots` that lies in packs of `origin`, each page once. Returns the number of pages.

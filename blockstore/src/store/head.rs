@@ -44,6 +44,12 @@ pub struct Head {
     pub(super) checkpoints: Vec<KeptCheckpoint>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) memory: Option<KeptMemory>,
+    /// Volumes that began as one of its checkpoints, and what each may name of this one's packs. Kept in a tombstone as well.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(super) forks: Vec<Fork>,
+    /// The volume that this one began as, until that one was told that it is gone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) parent: Option<SpriteId>,
     /// Pushes since compaction last looked at the packs. Here, so that a volume which is open for a few pushes at a time has its turn as well.
     #[serde(default)]
     pub(super) pushes_since_survey: u32,
@@ -81,6 +87,15 @@ pub(super) struct KeptCheckpoint {
 pub(super) struct KeptDisk {
     pub(super) root: Option<Root>,
     pub(super) size_bytes: u64,
+}
+
+/// Another volume that names packs of this one.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Fork {
+    pub(super) child: SpriteId,
+    /// What it began as: everything below stays.
+    pub(super) root: Option<Root>,
+    pub(super) since_unix_ms: u64,
 }
 
 /// A memory image. Valid only while `lsn` is the head's.

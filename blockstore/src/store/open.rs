@@ -20,7 +20,6 @@ use std::{
     sync::{Arc, Mutex, PoisonError, Weak},
 };
 
-use futures_util::{StreamExt, stream};
 use nix::fcntl::{Flock, FlockArg};
 use proto::id::SpriteId;
 use tokio::sync::{Mutex as AsyncMutex, mpsc};
@@ -33,7 +32,7 @@ use super::{
     core::{Core, Source, now_unix_ms},
     device::Device,
     fetch::{Fetcher, backoff, blocking},
-    head::{Head, HeadState, KeptCheckpoint, Origin, checkpoint_id, head_key},
+    head::{Head, HeadState, KeptCheckpoint, Origin, Root, checkpoint_id, head_key},
     journal::{Found, Log, Scan, ScanError, What, scan},
     lost::{clean, set_aside},
     owner::{COMMANDS_MAX, Command, Owner, bury},
@@ -50,22 +49,27 @@ use crate::bucket::{Bucket, Record, RecordError};
 const LOCK_WAITS: u32 = 100;
 /// Tries against others that change the same head.
 const CAS_ATTEMPTS: u32 = 8;
-/// Packs of a destroyed volume deleted side by side.
-const DELETES_MAX: usize = 16;
 
 /// Volumes of one host.
 pub struct Store {
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
     /// Held as long as the store lives.
     _lock: Flock<File>,
 }
 
+/// What a new volume begins as.
+pub(super) struct Start {
+    pub(super) root: Option<Root>,
+    pub(super) size_bytes: u64,
+    pub(super) parent: Option<SpriteId>,
+}
+
 /// What volumes of a store share.
 pub(super) struct Shared {
-    node: String,
+    pub(super) node: String,
     dir: PathBuf,
     limits: Limits,
-    fetcher: Arc<Fetcher>,
+    pub(super) fetcher: Arc<Fetcher>,
     pool: Arc<SegmentPool>,
     volumes: Mutex<HashMap<SpriteId, Volume>>,
     /// Who opens or frees which volume, one at a time.
@@ -140,6 +144,10 @@ impl Store {
         if !base.fits(disk_bytes) {
             return Err(StoreError::BadSize { disk_bytes, base_bytes: base.size_bytes });
         }
+        self.create_from(id, Start { root: base.root, size_bytes: disk_bytes, parent: None }).await
+    }
+
+    pub(super) async fn create_from(&self, id: SpriteId, start: Start) -> Result<Volume, StoreError> {
         let shared = &self.shared;
         let head = Head {
             state: HeadState::Owned,
@@ -148,12 +156,14 @@ impl Store {
             generation: Generation(1),
             lsn: Lsn(0),
             cut_unix_ms: now_unix_ms(),
-            size_bytes: disk_bytes,
-            root: base.root,
+            size_bytes: start.size_bytes,
+            root: start.root,
             next_checkpoint: 1,
             current_base: None,
             checkpoints: Vec::new(),
             memory: None,
+            forks: Vec::new(),
+            parent: start.parent,
             pushes_since_survey: 0,
         };
         let lock = shared.opening(id);
@@ -229,7 +239,7 @@ impl Store {
         let _alone = lock.lock().await;
         if let Some(volume) = self.shared.volume(id) {
             match volume.destroy().await {
-                Ok(()) => return self.delete_packs(id).await,
+                Ok(()) => return self.free(id).await,
                 Err(error @ (VolumeError::Fenced | VolumeError::Closed)) => {
                     tracing::debug!(volume = %id, %error, "destroyed by its head");
                     volume.stop();
@@ -242,44 +252,49 @@ impl Store {
         let folder = self.shared.folder(id);
         let removed = blocking(move || if folder.exists() { fs::remove_dir_all(&folder) } else { Ok(()) });
         removed.await?.map_err(|source| StoreError::Journal { id, source })?;
-        self.delete_packs(id).await
+        self.free(id).await
     }
 
     async fn bury(&self, id: SpriteId) -> Result<(), StoreError> {
-        for attempt in 0..CAS_ATTEMPTS {
-            let Some(record) = self.read_head(id).await? else { return Ok(()) };
-            let mut head = record.value.clone();
-            if head.is_deleted() {
-                return Ok(());
+        let buried = self.change_head(id, |head| {
+            if !head.is_deleted() {
+                head.epoch = Epoch(head.epoch.0 + 1);
+                bury(head);
             }
+            Ok(())
+        });
+        match buried.await {
+            Err(StoreError::Unknown { .. }) => Ok(()),
+            buried => buried,
+        }
+    }
+
+    /// Changes the head of a volume that is not open, and that no other host has. `change` may run several times, on what is there by then.
+    pub(super) async fn change_head<T, E: From<StoreError>>(
+        &self,
+        id: SpriteId,
+        change: impl Fn(&mut Head) -> Result<T, E>,
+    ) -> Result<T, E> {
+        for attempt in 0..CAS_ATTEMPTS {
+            let Some(record) = self.read_head(id).await? else { return Err(StoreError::Unknown { id }.into()) };
+            let mut head = record.value.clone();
             if head.state == HeadState::Owned && !head.is_owned_by(&self.shared.node) {
                 let node = head.node.unwrap_or_default();
-                return Err(StoreError::OwnedElsewhere { id, node, epoch: head.epoch });
+                return Err(StoreError::OwnedElsewhere { id, node, epoch: head.epoch }.into());
             }
-            head.epoch = Epoch(head.epoch.0 + 1);
-            bury(&mut head);
+            let changed = change(&mut head)?;
+            if head == record.value {
+                return Ok(changed);
+            }
             match self.bucket().update_record(&record, head).await {
-                Ok(_) => return Ok(()),
+                Ok(_) => return Ok(changed),
                 Err(RecordError::Conflict { .. } | RecordError::Superseded { .. } | RecordError::Unknown { .. }) => {
                     tokio::time::sleep(backoff(attempt)).await;
                 }
-                Err(source) => return Err(StoreError::Head { id, source }),
+                Err(source) => return Err(StoreError::Head { id, source }.into()),
             }
         }
-        Err(StoreError::Head { id, source: RecordError::Unknown { key: head_key(id), source: None } })
-    }
-
-    /// Without forks, nobody else names a volume's packs.
-    async fn delete_packs(&self, id: SpriteId) -> Result<(), StoreError> {
-        let bucket = self.bucket();
-        let prefix = Origin::of_volume(id).prefix();
-        let packs = bucket.list(&prefix).await.map_err(|source| StoreError::Bucket { id, source })?;
-        let deleted = stream::iter(packs).map(|entry| async move { bucket.delete(&entry.key).await });
-        let failed: Vec<_> = deleted.buffer_unordered(DELETES_MAX).filter_map(async |done| done.err()).collect().await;
-        match failed.into_iter().next() {
-            None => Ok(()),
-            Some(source) => Err(StoreError::Bucket { id, source }),
-        }
+        Err(StoreError::Head { id, source: RecordError::Unknown { key: head_key(id), source: None } }.into())
     }
 
     /// All checkpoints of a volume, open or not.
@@ -300,12 +315,9 @@ impl Store {
         if let Some(volume) = self.volume(id) {
             return volume.delete_checkpoint(checkpoint).await;
         }
-        for attempt in 0..CAS_ATTEMPTS {
-            let record = self.live_head(id).await.map_err(Box::new)?;
-            let mut head = record.value.clone();
-            if head.state == HeadState::Owned && !head.is_owned_by(&self.shared.node) {
-                let node = head.node.unwrap_or_default();
-                return Err(Box::new(StoreError::OwnedElsewhere { id, node, epoch: head.epoch }).into());
+        let deleted = self.change_head(id, |head| {
+            if head.is_deleted() {
+                return Err(StoreError::Destroyed { id }.into());
             }
             if head.checkpoint(number).is_none() {
                 return Err(CheckpointError::Unknown { id: checkpoint.to_owned() });
@@ -314,28 +326,21 @@ impl Store {
                 return Err(CheckpointError::CurrentBase { id: checkpoint_id(number) });
             }
             head.checkpoints.retain(|kept| kept.number != number);
-            match self.bucket().update_record(&record, head).await {
-                Ok(_) => return Ok(()),
-                Err(RecordError::Conflict { .. } | RecordError::Superseded { .. } | RecordError::Unknown { .. }) => {
-                    tokio::time::sleep(backoff(attempt)).await;
-                }
-                Err(source) => return Err(Box::new(StoreError::Head { id, source }).into()),
-            }
-        }
-        let source = RecordError::Unknown { key: head_key(id), source: None };
-        Err(Box::new(StoreError::Head { id, source }).into())
+            Ok(())
+        });
+        deleted.await
     }
 
-    fn bucket(&self) -> &Bucket {
+    pub(super) fn bucket(&self) -> &Bucket {
         &self.shared.fetcher.bucket
     }
 
-    async fn read_head(&self, id: SpriteId) -> Result<Option<Record<Head>>, StoreError> {
+    pub(super) async fn read_head(&self, id: SpriteId) -> Result<Option<Record<Head>>, StoreError> {
         let read = self.bucket().read_record::<Head>(&head_key(id)).await;
         read.map_err(|source| StoreError::Head { id, source })
     }
 
-    async fn live_head(&self, id: SpriteId) -> Result<Record<Head>, StoreError> {
+    pub(super) async fn live_head(&self, id: SpriteId) -> Result<Record<Head>, StoreError> {
         match self.read_head(id).await? {
             None => Err(StoreError::Unknown { id }),
             Some(record) if record.value.is_deleted() => Err(StoreError::Destroyed { id }),
@@ -384,7 +389,7 @@ impl Shared {
         }
     }
 
-    fn opening(&self, id: SpriteId) -> Arc<AsyncMutex<()>> {
+    pub(super) fn opening(&self, id: SpriteId) -> Arc<AsyncMutex<()>> {
         let mut opening = self.opening.lock().unwrap_or_else(PoisonError::into_inner);
         opening.retain(|_, lock| lock.strong_count() > 0);
         if let Some(lock) = opening.get(&id).and_then(Weak::upgrade) {

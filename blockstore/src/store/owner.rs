@@ -16,6 +16,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use proto::id::SpriteId;
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
@@ -24,6 +25,7 @@ use super::{
     core::Mode,
     device::Device,
     fetch::{backoff, blocking},
+    fork,
     head::{Head, HeadState, KeptCheckpoint, KeptDisk, KeptMemory, checkpoint_id},
     lost::set_aside,
     push,
@@ -45,6 +47,8 @@ pub(super) enum Command {
     Resize { size_bytes: u64, reply: oneshot::Sender<Result<(), VolumeError>> },
     Restore { number: u32, reply: oneshot::Sender<Result<(), CheckpointError>> },
     DeleteCheckpoint { number: u32, reply: oneshot::Sender<Result<(), CheckpointError>> },
+    Pin { number: u32, child: SpriteId, reply: oneshot::Sender<Result<KeptDisk, CheckpointError>> },
+    Unpin { child: SpriteId, reply: oneshot::Sender<Result<(), VolumeError>> },
     KeepMemory { memory: Box<KeptMemory>, reply: oneshot::Sender<Result<(), MemoryError>> },
     RetireMemory { reply: oneshot::Sender<Result<(), VolumeError>> },
     Release { reply: oneshot::Sender<Result<(), VolumeError>> },
@@ -122,6 +126,10 @@ impl Owner {
             }
             Command::Restore { number, reply } => answer(reply, self.restore(number).await),
             Command::DeleteCheckpoint { number, reply } => answer(reply, self.delete_checkpoint(number).await),
+            Command::Pin { number, child, reply } => answer(reply, self.pin(number, child).await),
+            Command::Unpin { child, reply } => {
+                answer(reply, self.commit(|head| head.forks.retain(|fork| fork.child != child)).await);
+            }
             Command::KeepMemory { memory, reply } => {
                 // The one who wanted it is gone: the sprite wakes.
                 if !reply.is_closed() {
@@ -194,7 +202,9 @@ impl Owner {
         }
         let root = uploaded?;
         let pushes_since_survey = self.compaction.count(self.record.value.pushes_since_survey);
+        let gone_forks = self.compaction.gone_forks().to_vec();
         self.commit(|head| {
+            head.forks.retain(|fork| !gone_forks.contains(&fork.child));
             head.root = root;
             head.lsn = frozen.lsn;
             head.cut_unix_ms = frozen.cut_unix_ms;
@@ -419,6 +429,16 @@ impl Owner {
         Ok(())
     }
 
+    /// What the checkpoint holds stays as long as `child` does.
+    async fn pin(&mut self, number: u32, child: SpriteId) -> Result<KeptDisk, CheckpointError> {
+        self.check_known(number)?;
+        self.push_checkpoints().await?;
+        let kept = fork::kept(&self.record.value, number)?;
+        let (root, since_unix_ms) = (kept.root, super::core::now_unix_ms());
+        self.commit(|head| fork::pin(head, child, root, since_unix_ms)).await?;
+        Ok(kept)
+    }
+
     async fn keep_memory(&mut self, memory: KeptMemory) -> Result<(), MemoryError> {
         {
             let core = self.device.core();
@@ -474,7 +494,7 @@ impl Owner {
     }
 }
 
-/// Makes a tombstone of a head.
+/// Makes a tombstone of a head. Forks go on: what they name stays.
 pub(super) fn bury(head: &mut Head) {
     head.state = HeadState::Deleted;
     head.node = None;

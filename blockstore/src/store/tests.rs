@@ -3,6 +3,7 @@
 mod bad_s3;
 mod compaction;
 mod faults;
+mod fork;
 mod model;
 mod recovery;
 mod seal;

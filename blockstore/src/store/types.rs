@@ -120,6 +120,8 @@ pub enum StoreError {
     Head { id: SpriteId, source: RecordError },
     #[error("cannot use the bucket for volume {id}")]
     Bucket { id: SpriteId, source: BucketError },
+    #[error("cannot see what forks of volume {id} still need")]
+    Forks { id: SpriteId, source: Box<dyn std::error::Error + Send + Sync> },
     #[error(transparent)]
     Volume(#[from] VolumeError),
 }
@@ -181,6 +183,27 @@ pub enum CheckpointError {
     Volume(#[from] VolumeError),
     #[error(transparent)]
     Store(#[from] Box<StoreError>),
+}
+
+impl From<StoreError> for CheckpointError {
+    fn from(error: StoreError) -> Self {
+        Self::Store(Box::new(error))
+    }
+}
+
+/// A volume could not be made out of another's checkpoint.
+#[derive(Debug, thiserror::Error)]
+pub enum ForkError {
+    #[error("cannot fork checkpoint {checkpoint} of volume {parent}")]
+    Parent { parent: SpriteId, checkpoint: String, source: CheckpointError },
+    #[error("volume {parent} has {max} forks, which is the most there can be; fork one of them")]
+    TooMany { parent: SpriteId, max: usize },
+    #[error(
+        "the disk of checkpoint {checkpoint} has {has_bytes} bytes; a fork cannot have fewer ({wanted_bytes} were asked for)"
+    )]
+    TooSmall { checkpoint: String, has_bytes: u64, wanted_bytes: u64 },
+    #[error(transparent)]
+    Store(#[from] StoreError),
 }
 
 /// A memory image could not be published, retired or fetched.

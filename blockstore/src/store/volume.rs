@@ -18,7 +18,9 @@ use tokio_util::sync::CancellationToken;
 use super::{
     core::{LAYERS_MAX, Mode},
     device::Device,
-    head::{CHECKPOINTS_MAX, COMMENT_BYTES_MAX, KeptCheckpoint, KeptMemory, checkpoint_id, checkpoint_number},
+    head::{
+        CHECKPOINTS_MAX, COMMENT_BYTES_MAX, KeptCheckpoint, KeptDisk, KeptMemory, checkpoint_id, checkpoint_number,
+    },
     memory,
     open::Shared,
     owner::Command,
@@ -172,6 +174,15 @@ impl Volume {
     /// Waits until everything written so far is in the bucket (a barrier).
     pub async fn push(&self) -> Result<(), VolumeError> {
         self.order(|reply| Command::Push { reply }).await?
+    }
+
+    /// Keeps what the checkpoint holds for a fork, and says what that is.
+    pub(super) async fn pin(&self, number: u32, child: SpriteId) -> Result<KeptDisk, CheckpointError> {
+        self.order(|reply| Command::Pin { number, child, reply }).await?
+    }
+
+    pub(super) async fn unpin(&self, child: SpriteId) -> Result<(), VolumeError> {
+        self.order(|reply| Command::Unpin { child, reply }).await?
     }
 
     /// Puts the memory of the suspended VM into the bucket, beside the disk it belongs to.

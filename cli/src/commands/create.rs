@@ -23,7 +23,11 @@ Examples:
   sprite create demo                                  and a shell in it
   sprite create demo --skip-console --size l          for scripts
   sprite create ci-7 --label ci --idle-timeout 5m --json
-  sprite create bot --always-on                       never sleeps, restarted after a loss")]
+  sprite create bot --always-on                       never sleeps, restarted after a loss
+  sprite create try --from demo@v3                    a copy of demo's disk as it was at checkpoint v3
+  sprite create try --from demo                       as it is now; takes a checkpoint of demo
+
+A fork costs as much as any create, whatever is on its disk. It has ids and keys of its own, and neither sees what the other writes.")]
 pub(crate) struct Arguments {
     /// Its name [default: a random one]
     name: Option<String>,
@@ -33,9 +37,12 @@ pub(crate) struct Arguments {
     /// A label to find it by; may be repeated
     #[arg(long = "label", value_name = "LABEL")]
     labels: Vec<String>,
-    /// s (1 CPU, 1 GiB), m (2, 2) or l (4, 4) [default: m]
+    /// s (1 CPU, 1 GiB), m (2, 2) or l (4, 4) [default: m, or that of the sprite it is forked from]
     #[arg(long, value_name = "s|m|l")]
     size: Option<String>,
+    /// Begin with the disk of another sprite, at a checkpoint or as it is now
+    #[arg(long, value_name = "SPRITE[@CHECKPOINT]", value_parser = fork_source)]
+    from: Option<ForkSource>,
     /// Sleeps after this long without use, for example 10m, or `never` [default: 30s]
     #[arg(long, value_name = "DURATION", value_parser = units::duration_or_never)]
     idle_timeout: Option<String>,
@@ -45,6 +52,24 @@ pub(crate) struct Arguments {
     /// Print the new sprite as JSON; opens no shell
     #[arg(long)]
     json: bool,
+}
+
+/// What `--from` names.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct ForkSource {
+    sprite: String,
+    checkpoint: Option<String>,
+}
+
+fn fork_source(text: &str) -> Result<ForkSource, String> {
+    let (sprite, checkpoint) = match text.split_once('@') {
+        Some((sprite, checkpoint)) => (sprite, Some(checkpoint)),
+        None => (text, None),
+    };
+    if sprite.is_empty() || checkpoint.is_some_and(str::is_empty) {
+        return Err("say demo, or demo@v3".to_owned());
+    }
+    Ok(ForkSource { sprite: sprite.to_owned(), checkpoint: checkpoint.map(str::to_owned) })
 }
 
 pub(crate) async fn run(context: &Context, arguments: Arguments) -> Done {
@@ -62,6 +87,9 @@ pub(crate) async fn run(context: &Context, arguments: Arguments) -> Done {
     if arguments.always_on {
         body["always_on"] = json!(true);
     }
+    if let Some(ForkSource { sprite, checkpoint }) = &arguments.from {
+        body["from"] = json!({ "sprite": sprite, "checkpoint": checkpoint });
+    }
     let started = Instant::now();
     let call = Call::post(Target::sprites(), &body).within(LONG_LIMIT);
     let made = output::with_spinner(format!("creating {name}"), api.json(&call))
@@ -72,7 +100,11 @@ pub(crate) async fn run(context: &Context, arguments: Arguments) -> Done {
         output::json(&made)?;
         return Ok(0);
     }
-    output::answer(format!("✓ Created {name} sprite in {}", units::took(took)))?;
+    let from = match (made["from"]["sprite"].as_str(), made["from"]["checkpoint"].as_str()) {
+        (Some(sprite), Some(checkpoint)) => format!(" from {sprite}@{checkpoint}"),
+        _ => String::new(),
+    };
+    output::answer(format!("✓ Created {name} sprite{from} in {}", units::took(took)))?;
     if arguments.skip_console || !output::is_interactive() {
         return Ok(0);
     }
@@ -116,6 +148,16 @@ fn random_name() -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_fork_names_a_sprite_and_maybe_a_checkpoint() {
+        let source = |sprite: &str, checkpoint: Option<&str>| {
+            Ok(ForkSource { sprite: sprite.to_owned(), checkpoint: checkpoint.map(str::to_owned) })
+        };
+        assert_eq!(fork_source("demo"), source("demo", None));
+        assert_eq!(fork_source("demo@v3"), source("demo", Some("v3")));
+        assert!(fork_source("@v3").is_err() && fork_source("demo@").is_err());
+    }
 
     #[test]
     fn random_names_are_names_and_differ() {

@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use super::{Call, json_response, no_content, read_json};
 use crate::{
     refusal::Refusal,
-    service::{IdleTimeout, NewSprite, PAGE_MAX, Update, WakeTimers, labels, request_id},
+    service::{ForkSource, IdleTimeout, NewSprite, PAGE_MAX, Update, WakeTimers, labels, request_id},
     view::{SPRITES_PER_ORG_MAX, View, org_json},
 };
 
@@ -40,6 +40,13 @@ struct CreateBody {
     idle_timeout: Option<String>,
     always_on: Option<bool>,
     request_id: Option<String>,
+    from: Option<FromBody>,
+}
+
+#[derive(Deserialize)]
+struct FromBody {
+    sprite: Option<String>,
+    checkpoint: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -60,8 +67,9 @@ pub(super) async fn create(call: &Call, body: Body) -> Result<Response, Refusal>
     let url_settings = body.url_settings.unwrap_or_default();
     let new = NewSprite {
         name: body.name.unwrap_or_default().parse::<SpriteName>()?,
-        size: size(&body.size.unwrap_or_default())?,
-        disk_bytes: disk_bytes(body.disk_bytes)?,
+        size: body.size.as_deref().map(size).transpose()?,
+        disk_bytes: body.disk_bytes.map(disk_bytes).transpose()?,
+        from: body.from.map(|from| fork_source(from.sprite, from.checkpoint)).transpose()?,
         labels: labels(body.labels.unwrap_or_default())?,
         environment: body.environment.unwrap_or_default(),
         url_settings: UrlSettings {
@@ -167,16 +175,19 @@ pub(crate) fn size(text: &str) -> Result<SizeClass, Refusal> {
     text.parse().map_err(|error: proto::record::BadSize| Refusal::Invalid(error.to_string()))
 }
 
-fn disk_bytes(asked: Option<u64>) -> Result<u64, Refusal> {
-    match asked {
-        None => Ok(DISK_BYTES_DEFAULT),
-        Some(bytes) if bytes.is_multiple_of(1 << 20) && (DISK_BYTES_DEFAULT..=DISK_BYTES_MAX).contains(&bytes) => {
-            Ok(bytes)
-        }
-        Some(bytes) => Err(Refusal::Invalid(format!(
-            "a disk of {bytes} bytes is not whole MiB from 100 GiB to 16 TiB; it is thin, so only what is written costs"
-        ))),
+fn disk_bytes(bytes: u64) -> Result<u64, Refusal> {
+    if bytes.is_multiple_of(1 << 20) && (DISK_BYTES_DEFAULT..=DISK_BYTES_MAX).contains(&bytes) {
+        return Ok(bytes);
     }
+    Err(Refusal::Invalid(format!(
+        "a disk of {bytes} bytes is not whole MiB from 100 GiB to 16 TiB; it is thin, so only what is written costs"
+    )))
+}
+
+pub(crate) fn fork_source(sprite: Option<String>, checkpoint: Option<String>) -> Result<ForkSource, Refusal> {
+    let named = |text: Option<String>| text.filter(|text| !text.is_empty());
+    let sprite = named(sprite).ok_or_else(|| Refusal::Invalid("`from` names no sprite to fork".to_owned()))?;
+    Ok(ForkSource { sprite, checkpoint: named(checkpoint) })
 }
 
 fn url_auth(text: &str) -> Result<UrlAuth, Refusal> {

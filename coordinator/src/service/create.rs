@@ -13,13 +13,14 @@
 use std::time::Duration;
 
 use blockstore::bucket::{Record, RecordError};
+use futures_util::StreamExt as _;
 use proto::{
     id::{SpriteId, SpriteName},
-    record::{IdlePolicy, SpriteRecord},
+    record::{DISK_BYTES_DEFAULT, ForkedFrom, IdlePolicy, SizeClass, SpriteRecord},
 };
 use tokio::time::Instant;
 
-use super::{NewSprite, Service, settings};
+use super::{ForkSource, NewSprite, Service, settings};
 use crate::{
     index::record_key,
     names::{Claim, Claimed, NameEntry, RENEW_PERIOD, now},
@@ -159,6 +160,14 @@ impl Service {
         environment: settings::Environment,
         claim: &mut Claim,
     ) -> Result<(SpriteId, SpriteRecord), Failure> {
+        let parent = match &new.from {
+            Some(source) => Some(self.fork_source(org, &new.name, source).await.map_err(Failure::Nothing)?),
+            None => None,
+        };
+        let (default_size, default_disk_bytes) = match &parent {
+            Some((parent, _)) => (parent.size, parent.disk_bytes),
+            None => (SizeClass::default(), DISK_BYTES_DEFAULT),
+        };
         let oid = self.0.names.claim_label(org, &new.name).await.map_err(Failure::Nothing)?;
         let mut idle = IdlePolicy::default();
         if let Some(timeout) = new.idle_timeout {
@@ -173,8 +182,8 @@ impl Service {
             oid,
             created_at: claim.since,
             updated_at: claim.since,
-            size: new.size,
-            disk_bytes: new.disk_bytes,
+            size: new.size.unwrap_or(default_size),
+            disk_bytes: new.disk_bytes.unwrap_or(default_disk_bytes),
             labels: new.labels.clone(),
             environment,
             url_settings: new.url_settings.clone(),
@@ -184,10 +193,35 @@ impl Service {
             wake_every_ms: None,
             wakes_done: None,
             request_id: new.request_id.clone(),
+            from: parent.map(|(_, from)| from),
             deleted: false,
         };
         record.id = self.make_at_node(&record, new.wait_for_capacity, claim).await?;
         Ok((record.id, record))
+    }
+
+    /// The sprite to fork, and its checkpoint: one that is taken now if none is named.
+    async fn fork_source(
+        &self,
+        org: &str,
+        child: &SpriteName,
+        source: &ForkSource,
+    ) -> Result<(SpriteRecord, ForkedFrom), Refusal> {
+        let parent = self.record(org, &source.sprite).await?.value;
+        let checkpoint = match &source.checkpoint {
+            Some(checkpoint) => checkpoint.clone(),
+            None => {
+                let mut events =
+                    self.create_checkpoint(org, &source.sprite, format!("forked as {child}"), false).await?;
+                let mut taken = None;
+                while let Some(event) = events.next().await {
+                    taken = event?.checkpoint.map(|checkpoint| checkpoint.id).or(taken);
+                }
+                taken.ok_or_else(|| Refusal::Failed(format!("{} gave no checkpoint to fork", source.sprite)))?
+            }
+        };
+        let from = ForkedFrom { id: parent.id, name: parent.name.clone(), checkpoint };
+        Ok((parent, from))
     }
 
     /// Has the node make it, and keeps the claim alive meanwhile.

@@ -7,6 +7,7 @@ mod deaths;
 mod disk;
 mod docker;
 mod exec;
+mod fork;
 mod grpc;
 mod kernel;
 mod limits;

@@ -331,9 +331,15 @@ async fn open_disk(resources: &Resources, parts: &mut Parts) -> Result<Volume, S
     Ok(volume)
 }
 
-/// A sprite's first life, as a copy of the seed or, without one, of the golden VM. Says which.
+/// A sprite's first life, as a copy of the seed or, without one, of the golden VM. A fork's disk fits the golden VM only. Says which it was.
 pub(crate) async fn begin_life(resources: &Resources, parts: &mut Parts) -> Result<&'static str, BootError> {
-    let from = first_vm(resources, parts).await?;
+    let is_fork = parts.record.as_ref().is_some_and(|record| record.from.is_some());
+    let from = if is_fork {
+        try_boot(resources, parts, true).await?;
+        "fork"
+    } else {
+        first_vm(resources, parts).await?
+    };
     fill_disk(parts).await?;
     Ok(from)
 }
@@ -360,7 +366,7 @@ async fn first_vm(resources: &Resources, parts: &mut Parts) -> Result<&'static s
     Ok("golden")
 }
 
-/// The base's file system has the default size: on a larger disk it grows.
+/// The base's file system has the default size, and that of a checkpoint may have been taken before the disk grew: it grows to all of the disk.
 async fn fill_disk(parts: &Parts) -> Result<(), BootError> {
     let (Some(process), Some(volume)) = (&parts.process, &parts.volume) else { return Ok(()) };
     if volume.size_bytes() == DISK_BYTES_DEFAULT {
