@@ -20,6 +20,7 @@ mod resize;
 mod sessions;
 mod settings;
 mod sleep;
+mod sync;
 mod use_sprite;
 
 type Done = Result<u8, Failure>;
@@ -57,6 +58,8 @@ pub(crate) enum Command {
     Sleep(sleep::Sleep),
     /// Wake a sprite, now or later
     Wake(sleep::Wake),
+    /// Wait until everything a sprite wrote is in the bucket
+    Sync(sync::Arguments),
     /// Grow a sprite's disk
     Resize(resize::Arguments),
     /// Show a sprite's address, or say who may open it
@@ -96,6 +99,7 @@ pub(crate) async fn run<C: CommandFactory>(context: &Context, command: Command) 
         Command::Restore(arguments) => checkpoint::restore(context, arguments).await,
         Command::Sleep(arguments) => sleep::sleep(context, arguments).await,
         Command::Wake(arguments) => sleep::wake(context, arguments).await,
+        Command::Sync(arguments) => sync::run(context, arguments).await,
         Command::Resize(arguments) => resize::run(context, arguments).await,
         Command::Url(arguments) => settings::url(context, arguments).await,
         Command::Config(arguments) => settings::config(context, arguments).await,

@@ -9,8 +9,9 @@ use proto::{
         CheckpointEvent, CreateCheckpointRequest, CreateSpriteRequest, DeleteCheckpointRequest,
         DeleteCheckpointResponse, DestroySpriteRequest, DestroySpriteResponse, ExecRequest, ExecResponse,
         GetSpriteRequest, ListCheckpointsRequest, ListCheckpointsResponse, ListSpritesRequest, ListSpritesResponse,
-        RestoreCheckpointRequest, SleepSpriteRequest, SleepSpriteResponse, Sprite, UpdateSpriteRequest,
-        WakeSpriteRequest, WakeSpriteResponse, WatchSpritesRequest, sprites_server::Sprites,
+        RestoreCheckpointRequest, SleepSpriteRequest, SleepSpriteResponse, Sprite, SyncSpriteRequest,
+        SyncSpriteResponse, UpdateSpriteRequest, WakeSpriteRequest, WakeSpriteResponse, WatchSpritesRequest,
+        sprites_server::Sprites,
     },
     record::{UrlAuth, UrlSettings},
 };
@@ -24,7 +25,7 @@ use crate::{
     rest,
     service::{CheckpointEvents, IdleTimeout, NewSprite, PAGE_MAX, Service, Update, labels, request_id},
     tokens::Caller,
-    view::View,
+    view::{self, View},
     watch::{Seen, Watch},
 };
 
@@ -192,6 +193,16 @@ impl Sprites for SpritesService {
         let (view, reply) = self.service.wake(&caller.org, &request.get_ref().name).await?;
         let sprite = Some(view.to_proto());
         Ok(Response::new(WakeSpriteResponse { sprite, resumed: reply.resumed, took_ms: reply.took_ms }))
+    }
+
+    async fn sync_sprite(&self, request: Request<SyncSpriteRequest>) -> Result<Response<SyncSpriteResponse>, Status> {
+        let caller = self.caller(request.metadata()).await?;
+        let reached = self.service.sync(&caller.org, &request.get_ref().name).await?;
+        Ok(Response::new(SyncSpriteResponse {
+            watermark_at: view::time_of_ms(reached.watermark_unix_ms).unwrap_or_default(),
+            generation: reached.generation,
+            took_ms: reached.took_ms,
+        }))
     }
 }
 

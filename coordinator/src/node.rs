@@ -8,8 +8,8 @@ use proto::{
     node::{
         CreateCheckpointRequest, CreateReply, CreateRequest, DeleteCheckpointRequest, DestroyRequest,
         ListCheckpointsRequest, ReloadRequest, ResizeRequest, RestartRequest, RestoreCheckpointRequest, RouteEvent,
-        SleepReply, SleepRequest, SpriteStatus, StatusRequest, WakeReply, WakeRequest, WatchRoutesRequest,
-        node_client::NodeClient,
+        SleepReply, SleepRequest, SpriteStatus, StatusRequest, SyncReply, SyncRequest, WakeReply, WakeRequest,
+        WatchRoutesRequest, node_client::NodeClient,
     },
     public::{Checkpoint, CheckpointEvent},
     record::SpriteRecord,
@@ -34,6 +34,8 @@ const SLEEP_LIMIT: Duration = Duration::from_secs(610);
 const JOB_LIMIT: Duration = Duration::from_secs(130);
 /// Wakes the sprite, grows the file system.
 const RESIZE_LIMIT: Duration = Duration::from_secs(200);
+/// The guest's page cache, then what the bucket lacks: the node bounds both.
+const SYNC_LIMIT: Duration = Duration::from_secs(610);
 /// From the call to the first event. A sleeping sprite is woken first.
 const CHECKPOINT_LIMIT: Duration = Duration::from_secs(150);
 
@@ -128,6 +130,10 @@ impl Node {
     pub(crate) async fn resize(&self, id: SpriteId, disk_bytes: u64) -> Result<u64, Status> {
         let request = ResizeRequest { sprite_id: id.to_string(), disk_bytes };
         within(RESIZE_LIMIT, self.client.clone().resize(request)).await.map(|reply| reply.disk_bytes)
+    }
+
+    pub(crate) async fn sync(&self, id: SpriteId) -> Result<SyncReply, Status> {
+        within(SYNC_LIMIT, self.client.clone().sync(SyncRequest { sprite_id: id.to_string() })).await
     }
 
     pub(crate) async fn checkpoints(&self, id: SpriteId) -> Result<Vec<Checkpoint>, Status> {

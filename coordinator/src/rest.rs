@@ -4,7 +4,7 @@
 //! |---|---|
 //! | `GET /healthz` | 200, no token needed |
 //! | `GET /v1/organization` | `{organization:{slug, …}}` |
-//! | `POST /v1/sprites` `{name, labels?, environment?, url_settings?, wait_for_capacity?, size?, disk_bytes?, idle_timeout?, always_on?}` | 201 sprite |
+//! | `POST /v1/sprites` `{name, labels?, environment?, url_settings?, wait_for_capacity?, size?, disk_bytes?, idle_timeout?, always_on?, from?: {sprite, checkpoint?}}` | 201 sprite |
 //! | `GET /v1/sprites?prefix&max_results&continuation_token` | 200 list; with `Accept: application/x-ndjson` an endless watch |
 //! | `GET /v1/sprites/{name}` | 200 sprite |
 //! | `PUT /v1/sprites/{name}` `{url_settings?, labels?, clear_labels?, idle_timeout?, always_on?, wake_at?, wake_every?}` | 200 sprite |
@@ -14,6 +14,7 @@
 //! | `POST …/wake` | 200 `{sprite, was, resumed, reason, took_ms}`; with `{at?, every?}` sets timers as POST below: `{sprite}` |
 //! | `GET\|PUT\|POST\|DELETE …/wake-timers` `{at?: [time or duration], every?: duration}` | 200 `{at, every}`, 204; POST keeps what it does not name; `every: "never"` removes both |
 //! | `POST …/resize` `{disk_bytes}` | 200 sprite |
+//! | `POST …/sync` | 200 `{watermark_at, generation, took_ms}`, when everything written before is in the bucket |
 //! | `POST …/checkpoint` `{comment?, durable?}` | 200 NDJSON |
 //! | `GET …/checkpoints` | 200 array, `Current` first |
 //! | `GET\|DELETE …/checkpoints/{id}` | 200 checkpoint, 204 |
@@ -138,6 +139,7 @@ async fn of_sprite(call: &Call, body: Body, name: &str, rest: &[&str]) -> Result
         (&Method::PUT | &Method::POST, ["wake-timers"]) => life::set_wake_timers(call, body, name).await,
         (&Method::DELETE, ["wake-timers"]) => life::clear_wake_timers(call, name).await,
         (&Method::POST, ["resize"]) => life::resize(call, body, name).await,
+        (&Method::POST, ["sync"]) => life::sync(call, name).await,
         (&Method::POST, ["checkpoint"]) => checkpoints::create(call, body, name).await,
         (&Method::GET, ["checkpoints"]) => checkpoints::list(call, name).await,
         (&Method::GET, ["checkpoints", id]) => checkpoints::get(call, name, id).await,

@@ -102,6 +102,7 @@ fn router(api: Api) -> Router {
         .route("/v1/info", get(info))
         .route("/v1/tasks", get(list_tasks).post(create_task).put(put_task))
         .route("/v1/tasks/{name}", get(get_task).put(put_named_task).delete(delete_task))
+        .route("/v1/sync", post(forward))
         .route("/v1/checkpoint", post(forward))
         .route("/v1/checkpoints", get(forward))
         .route("/v1/checkpoints/{id}", get(forward))

@@ -21,6 +21,7 @@ Usage: sprite-env <command>
   checkpoints get <id>                  one of them
   checkpoints create [--comment TEXT]   save the whole disk as it is now
   checkpoints restore <id>              bring the disk back to a checkpoint; every process here ends
+  sync                                  wait until everything written so far is in the bucket, safe from this host
   tasks list                            what keeps this sprite awake
   tasks create <name> --expire 10m      keep it awake for this long, at most 1h
   tasks extend <name> --expire 10m      … from now on
@@ -87,6 +88,7 @@ fn command(words: &[&str]) -> Result<Wish, CliError> {
         ["version" | "--version" | "-V"] => Ok(Wish::Say(format!("{}\n", proto::VERSION))),
         ["curl", rest @ ..] => curl(rest),
         ["checkpoints" | "checkpoint", rest @ ..] => checkpoints(rest),
+        ["sync"] => Ok(request("POST", "/v1/sync", None, Show::Json)),
         ["tasks" | "task", rest @ ..] => tasks(rest),
         [other, ..] => Err(CliError::Usage(format!("unknown command: {other}"))),
     }

@@ -10,8 +10,8 @@ use proto::{
         CreateCheckpointRequest, CreateReply, CreateRequest, DeleteCheckpointReply, DeleteCheckpointRequest,
         DescribeReply, DescribeRequest, DestroyReply, DestroyRequest, ListCheckpointsReply, ListCheckpointsRequest,
         ReloadReply, ReloadRequest, ResizeReply, ResizeRequest, RestartReply, RestartRequest, RestoreCheckpointRequest,
-        RouteEvent, SleepReply, SleepRequest, SpriteStatus, StatusRequest, WakeReply, WakeRequest, WatchRoutesRequest,
-        node_server::Node, route_event,
+        RouteEvent, SleepReply, SleepRequest, SpriteStatus, StatusRequest, SyncReply, SyncRequest, WakeReply,
+        WakeRequest, WatchRoutesRequest, node_server::Node, route_event,
     },
     not_here,
     public::CheckpointEvent,
@@ -22,7 +22,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
 use crate::{
-    checkpoint,
+    barrier, checkpoint,
     host::{CreateError, Host, TableChange, WakeError, record_key},
     vm::{Depth, change::chain, task::OrderError},
 };
@@ -125,6 +125,16 @@ impl Node for NodeService {
         let id = parse(&request.sprite_id)?;
         let disk_bytes = crate::resize::grow(&self.host, id, request.disk_bytes).await?;
         Ok(Response::new(ResizeReply { disk_bytes }))
+    }
+
+    async fn sync(&self, request: Request<SyncRequest>) -> Result<Response<SyncReply>, Status> {
+        let begun = std::time::Instant::now();
+        let reached = barrier::barrier(&self.host, parse(&request.get_ref().sprite_id)?).await?;
+        Ok(Response::new(SyncReply {
+            watermark_unix_ms: reached.watermark_unix_ms,
+            generation: reached.generation,
+            took_ms: u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX),
+        }))
     }
 
     async fn create_checkpoint(

@@ -15,7 +15,7 @@ use tokio::sync::{Semaphore, mpsc, oneshot};
 
 use crate::{
     agent::AgentClient,
-    checkpoint,
+    barrier, checkpoint,
     resources::Resources,
     vm::{
         change::chain,
@@ -102,6 +102,7 @@ async fn answer(
     let reply = match (request.method.as_str(), parts.as_slice()) {
         ("GET", ["v1", "checkpoints"]) => list(&volume).await,
         ("GET", ["v1", "checkpoints", id]) => get(&volume, id).await,
+        ("POST", ["v1", "sync"]) => sync(agent, &volume).await,
         ("POST", ["v1", "checkpoint"]) => create(agent, &volume, &request.body).await,
         ("POST", ["v1", "checkpoints", checkpoint, "restore"]) => {
             // The answer has to leave before the environment that asked for it ends.
@@ -178,12 +179,25 @@ async fn create(agent: &AgentClient, volume: &Volume, body: &[u8]) -> Reply {
     }
 }
 
+async fn sync(agent: &AgentClient, volume: &Volume) -> Reply {
+    match barrier::of_running(agent, volume).await {
+        Ok(reached) => Reply::json(
+            200,
+            &json!({ "watermark_at": time(reached.watermark_unix_ms), "generation": reached.generation }),
+        ),
+        Err(error) => Reply::error(503, chain(&error)),
+    }
+}
+
+fn time(unix_ms: u64) -> String {
+    let time = i64::try_from(unix_ms).ok().and_then(|ms| jiff::Timestamp::from_millisecond(ms).ok());
+    time.unwrap_or_default().to_string()
+}
+
 fn shown(checkpoint: &blockstore::store::Checkpoint) -> Value {
-    let created =
-        i64::try_from(checkpoint.created_unix_ms).ok().and_then(|ms| jiff::Timestamp::from_millisecond(ms).ok());
     json!({
         "id": checkpoint.id,
-        "create_time": created.unwrap_or_default().to_string(),
+        "create_time": time(checkpoint.created_unix_ms),
         "comment": checkpoint.comment,
         "durable": checkpoint.durable,
         "is_auto": checkpoint.is_auto,

@@ -13,6 +13,7 @@
 //! What is absent: nothing here decides who owns a sprite (the head in the bucket does), and nothing reads a guest's file system.
 
 pub mod agent;
+mod barrier;
 pub mod checkpoint;
 pub mod config;
 pub mod data;

@@ -151,6 +151,8 @@ fn sleep_wake_and_resize_say_what_they_want() {
     sprite(&fake, &["wake", "demo"]).code(0);
     sprite(&fake, &["wake", "demo", "--at", "2999-01-01T00:00:00Z", "--every", "1d"]).code(0).says("2999");
     sprite(&fake, &["resize", "demo", "--disk", "1.5T"]).code(0).says("1.5 TiB");
+    sprite(&fake, &["sync", "demo"]).code(0).says("in the bucket");
+    sprite(&fake, &["create", "copy", "--from", "demo@v3", "--skip-console"]).code(0);
     let bodies: Vec<String> = fake.log().into_iter().filter(|line| line.contains('{')).collect();
     let expected = [
         r#"sleep {"to":"suspended"}"#,
@@ -159,6 +161,8 @@ fn sleep_wake_and_resize_say_what_they_want() {
         "wake {}",
         r#"wake {"at":["2999-01-01T00:00:00Z"],"every":"86400s"}"#,
         r#"resize {"disk_bytes":1649267441664}"#,
+        "sync {}",
+        r#"create {"from":{"checkpoint":"v3","sprite":"demo"},"name":"copy"}"#,
     ];
     assert_eq!(bodies, expected);
     for bad in [
@@ -166,6 +170,7 @@ fn sleep_wake_and_resize_say_what_they_want() {
         &["wake", "demo", "--at", "soon"],
         &["resize", "demo", "--disk", "10"],
         &["create", "x", "--idle-timeout", "5"],
+        &["create", "x", "--from", "@v3"],
     ] {
         sprite(&fake, bad).code(2);
     }

@@ -1,4 +1,4 @@
-//! Sleep, wake, restart, resize, check.
+//! Sleep, wake, restart, resize, sync, check.
 
 use axum::{
     body::Body,
@@ -15,7 +15,7 @@ use crate::{
     duration,
     refusal::Refusal,
     service::{Update, WakeTimers},
-    view::{View, time},
+    view::{View, time, time_of_ms},
 };
 
 #[derive(Deserialize)]
@@ -114,6 +114,16 @@ pub(super) async fn resize(call: &Call, body: Body, name: &str) -> Result<Respon
     let disk_bytes = body.disk_bytes.ok_or_else(|| Refusal::Invalid("disk_bytes is required".to_owned()))?;
     let view = call.service.resize(call.org(), name, disk_bytes).await?;
     Ok(json_response(StatusCode::OK, &view.to_json()))
+}
+
+pub(super) async fn sync(call: &Call, name: &str) -> Result<Response, Refusal> {
+    let reached = call.service.sync(call.org(), name).await?;
+    let body = json!({
+        "watermark_at": time_of_ms(reached.watermark_unix_ms),
+        "generation": reached.generation,
+        "took_ms": reached.took_ms,
+    });
+    Ok(json_response(StatusCode::OK, &body))
 }
 
 pub(super) async fn restart(call: &Call, name: &str) -> Result<Response, Refusal> {

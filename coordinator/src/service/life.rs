@@ -4,7 +4,7 @@ use std::pin::Pin;
 
 use futures_util::{Stream, StreamExt as _};
 use proto::{
-    node::{SleepReply, SpriteStatus, WakeReply},
+    node::{SleepReply, SpriteStatus, SyncReply, WakeReply},
     paths::CURRENT_CHECKPOINT,
     public::{Checkpoint, CheckpointEvent},
     record::{CHECKPOINT_COMMENT_BYTES_MAX, SpriteRecord},
@@ -60,6 +60,12 @@ impl Service {
             Ok(service.view(record).await)
         })
         .await
+    }
+
+    /// Returns when everything the sprite wrote before is in the bucket. Does not wake it.
+    pub(crate) async fn sync(&self, org: &str, name: &str) -> Result<SyncReply, Refusal> {
+        let record = self.record(org, name).await?.value;
+        Ok(self.node().sync(record.id).await?)
     }
 
     pub(crate) async fn create_checkpoint(

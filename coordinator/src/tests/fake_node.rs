@@ -182,6 +182,11 @@ impl Node for Served {
         Ok(Response::new(ResizeReply { disk_bytes: request.disk_bytes }))
     }
 
+    async fn sync(&self, request: Request<SyncRequest>) -> Result<Response<SyncReply>, Status> {
+        self.0.find(&request.get_ref().sprite_id)?;
+        Ok(Response::new(SyncReply { watermark_unix_ms: 1_700_000_000_000, generation: 3, took_ms: 5 }))
+    }
+
     async fn create_checkpoint(
         &self,
         request: Request<CreateCheckpointRequest>,

@@ -195,6 +195,8 @@ async fn sleep_and_wake_say_what_happened() {
     assert_eq!(rig.call("POST", "/v1/sprites/demo/sleep", Some(json!({ "to": "deep" }))).await.refusal().0, 422);
     assert_eq!(rig.call("POST", "/v1/sprites/demo/restart", None).await.json()["sprite_name"], "demo");
     assert_eq!(rig.call("POST", "/v1/sprites/demo/upgrade", None).await.json()["status"], "upgraded");
+    let reached = rig.call("POST", "/v1/sprites/demo/sync", None).await.json();
+    assert_eq!(reached, json!({ "watermark_at": "2023-11-14T22:13:20.000Z", "generation": 3, "took_ms": 5 }));
     let larger = rig.call("POST", "/v1/sprites/demo/resize", Some(json!({ "disk_bytes": 200_u64 << 30 }))).await.json();
     assert_eq!(larger["disk_bytes"], 200_u64 << 30);
     assert_eq!(rig.get("/v1/sprites/demo").await.json()["config"]["storage_gb"], 200);

@@ -48,3 +48,24 @@ fn a_seed_that_does_not_start_costs_no_create_and_is_made_anew() {
     assert!(state > 10_000, "{state} bytes");
     assert_eq!(cluster.new_sprite("all").sh("echo works"), "works");
 }
+
+#[test]
+fn what_was_synced_to_the_bucket_outlives_the_host() {
+    let _turn = one_at_a_time();
+    let cluster = Cluster::start(Options::default());
+    let (outside, inside) = (cluster.new_sprite("outside"), cluster.new_sprite("inside"));
+    // No fsync: the guests hold it in memory.
+    let write = "head -c 20M /dev/urandom > ~/data; sha256sum ~/data > ~/sum";
+    outside.sh(write);
+    inside.sh(write);
+    outside.cli(&["sync"]).success().says("in the bucket");
+    assert!(inside.sh("sprite-env sync").contains("watermark_at"));
+    // The disk of the host burns.
+    cluster.kill_sprited();
+    assert!(outside.kill_qemu() && inside.kill_qemu());
+    cluster.delete_node_folder();
+    cluster.start_sprited();
+    for sprite in [outside, inside] {
+        sprite.sh("sha256sum --check --status ~/sum");
+    }
+}

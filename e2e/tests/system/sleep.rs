@@ -132,3 +132,17 @@ fn now_s() -> i64 {
     let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("the host's clock is set");
     i64::try_from(since.as_secs()).expect("a date before the year 292 billion")
 }
+
+#[test]
+fn a_sync_of_a_sleeping_sprite_does_not_wake_it() {
+    let cluster = Cluster::shared();
+    let sprite = cluster.new_sprite("barrier");
+    for depth in ["--paused", "--cold"] {
+        sprite.cli(&["sleep", depth]).success();
+        let state = sprite.record()["state"].clone();
+        let (status, reached) = cluster.api("POST", &format!("/v1/sprites/{}/sync", sprite.name), None);
+        assert_eq!(status, 200, "{reached}");
+        assert!(reached["watermark_at"].is_string() && reached["generation"].is_u64(), "{reached}");
+        assert_eq!(sprite.record()["state"], state, "it was woken");
+    }
+}
