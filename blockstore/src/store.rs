@@ -36,6 +36,7 @@
 //!
 //! Garbage collection across volumes, encryption, prefetch hints: later issues. The formats have the room: kinds of frames, flags in pages and packs.
 
+mod archive;
 mod base;
 mod cache;
 mod compact;
@@ -60,6 +61,7 @@ mod tree;
 mod types;
 mod volume;
 
+pub use archive::{Archive, ArchiveError, CheckpointSummary, Disk, Summary, Verified};
 pub use base::BaseId;
 pub use head::{Head, HeadState};
 pub use open::Store;

@@ -49,13 +49,26 @@ mod watch;
 use std::{io, path::PathBuf};
 
 use axum::Router;
-use blockstore::bucket::Bucket;
-use proto::{control::control_server::ControlServer, public::sprites_server::SpritesServer};
+use blockstore::bucket::{Bucket, RecordError};
+use proto::{
+    control::control_server::ControlServer,
+    id::{SpriteId, SpriteName},
+    public::sprites_server::SpritesServer,
+};
 use tokio::net::UnixListener;
 
 use crate::{control::ControlService, grpc::SpritesService, node::Node, service::Service};
 
 pub use tokens::{MintError, Tokens};
+
+/// The sprite that a name means, for tools that read the bucket. Costs a request.
+pub async fn sprite_of_name(bucket: &Bucket, org: &str, name: &SpriteName) -> Result<Option<SpriteId>, RecordError> {
+    let entry = names::Names::new(bucket.clone()).read(org, name).await?;
+    Ok(entry.and_then(|entry| match entry.value {
+        names::NameEntry::Claimed { id, .. } => Some(id),
+        names::NameEntry::Free { .. } | names::NameEntry::Pending { .. } => None,
+    }))
+}
 
 /// The file of the public service among all descriptors; the internal ones are nobody's business.
 const PUBLIC_PROTO: &str = "sprites.proto";

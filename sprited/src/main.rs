@@ -1,4 +1,4 @@
-//! The one server binary: `sprited dev | node | coordinator | router | doctor | ca | status | token`.
+//! The one server binary: `sprited dev | node | coordinator | router | doctor | ca | status | token | volume`.
 //!
 //! ```text
 //!  sprited dev ─┬─ bucket ── store ── node agent ── <run>/node.sock
@@ -29,6 +29,7 @@ mod router_command;
 mod shutdown;
 mod status;
 mod token;
+mod volume;
 
 use std::process::ExitCode;
 
@@ -62,6 +63,8 @@ enum Command {
     Status(status::StatusArguments),
     /// Prints or mints API tokens.
     Token(token::TokenArguments),
+    /// A sprite's disk in the bucket: inspect, verify, export.
+    Volume(volume::VolumeArguments),
 }
 
 fn main() -> ExitCode {
@@ -108,12 +111,17 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Coordinator(settings) => serve(coordinator_command::run(settings.check()?)),
         Command::Router(settings) => serve(router_command::run(settings.check()?)),
         Command::Token(arguments) => serve(token::run(arguments)),
+        Command::Volume(arguments) => runtime()?.block_on(volume::run(arguments)),
     }
 }
 
 fn serve(part: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<ExitCode> {
-    tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(part)?;
+    runtime()?.block_on(part)?;
     Ok(ExitCode::SUCCESS)
+}
+
+fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_multi_thread().enable_all().build()
 }
 
 #[cfg(test)]

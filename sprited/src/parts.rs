@@ -143,7 +143,7 @@ async fn acceleration(config: &Config) -> anyhow::Result<(Accel, String)> {
     })
 }
 
-async fn open_bucket(config: &Config) -> anyhow::Result<Bucket> {
+pub(crate) async fn open_bucket(config: &Config) -> anyhow::Result<Bucket> {
     if let Some(folder) = config.bucket_url.strip_prefix("dir:") {
         std::fs::create_dir_all(folder).with_context(|| format!("cannot make the bucket's folder {folder}"))?;
     }

@@ -1,5 +1,6 @@
 //! The engine against models and faults. Each volume is small; the bucket is in memory, behind a wrapper that fails on demand.
 
+mod archive;
 mod bad_s3;
 mod compaction;
 mod faults;

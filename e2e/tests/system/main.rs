@@ -18,3 +18,4 @@ mod readme;
 mod sleep;
 mod terminal;
 mod url;
+mod volume;
