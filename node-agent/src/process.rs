@@ -169,6 +169,9 @@ pub struct VmNote {
     pub slot: u32,
     /// The golden snapshot (and with it QEMU, CPU model, kernel, layout) this VM descends from.
     pub snapshot_key: String,
+    /// What can load its memory ([`MachineModel::machine_key`](crate::qemu::MachineModel::machine_key)); empty in notes of earlier builds.
+    #[serde(default)]
+    pub machine_key: String,
     pub process: Option<ProcessNote>,
     /// Its start is not finished: it does not run yet, or (a copy of a snapshot) it has not got its identity and environment. Nothing is lost with it.
     #[serde(default)]
@@ -296,7 +299,7 @@ impl VmProcess {
     /// The sprite's own memory and processes again, once. After an error the image is spent: boot from the disk.
     pub async fn resume(resources: &Resources, run: RunDir, golden: &Golden, plan: Plan) -> Result<Self, StartError> {
         let note = &plan.note;
-        if note.snapshot_key != golden.key {
+        if note.snapshot_key != golden.key && note.machine_key != resources.model(note.size).machine_key() {
             return Err(StartError::Incompatible { image: note.snapshot_key.clone(), host: golden.key.clone() });
         }
         Self::launch(resources, run, Source::Suspended, plan).await

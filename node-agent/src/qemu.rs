@@ -110,6 +110,13 @@ impl MachineModel {
         crate::digest::short(text.as_bytes())
     }
 
+    /// What QEMU needs to be alike to load a whole memory, as a short digest: the guest's kernel is in there, so that one of an earlier build goes on.
+    pub fn machine_key(&self) -> String {
+        let size = self.size.as_str();
+        let text = format!("layout {LAYOUT}|{}|{:?}|{size}", self.qemu_version, self.accel);
+        crate::digest::short(text.as_bytes())
+    }
+
     /// Few CPUs are quickly asked whether they have passed a grace period of RCU; waiting for it costs 15 ms and more, three times in a freeze of a file
     /// system, and once in moving a process to a control group.
     ///
@@ -296,6 +303,8 @@ mod tests {
         others.push(MachineModel { size: SizeClass::L, ..one.clone() });
         for other in others {
             assert_ne!(one.key(), other.key(), "{other:?}");
+            let is_other_kernel = other.kernel_digest != one.kernel_digest;
+            assert_eq!(one.machine_key() == other.machine_key(), is_other_kernel, "{other:?}");
         }
     }
 }

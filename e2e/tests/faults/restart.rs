@@ -134,6 +134,32 @@ fn down_and_up_bring_everything_back_even_without_the_nodes_folder() {
 }
 
 #[test]
+fn sleeping_processes_go_on_after_an_upgrade_of_the_guest() {
+    let _turn = one_at_a_time();
+    let folder = e2e::image().with_file_name(e2e::unique("image"));
+    std::fs::create_dir(&folder).expect("it is made");
+    for file in ["vmlinux", "initrd", "rootfs.ext4", "rootfs.digest"] {
+        std::os::unix::fs::symlink(e2e::image().join(file), folder.join(file)).expect("it is linked");
+    }
+    let cluster = Cluster::start(Options { image: Some(folder.clone()), ..Options::default() });
+    let sprite = cluster.new_sprite("upgrade");
+    sprite.start_counter("/tmp/count");
+    let (before, pid) = sprite.counter("/tmp/count");
+    cluster.stop_sprited();
+    // Another initramfs, with the same in it: zeros behind its end are nothing.
+    let mut initrd = std::fs::read(e2e::image().join("initrd")).expect("it is read");
+    initrd.extend([0; 4096]);
+    std::fs::remove_file(folder.join("initrd")).expect("it is replaced");
+    std::fs::write(folder.join("initrd"), initrd).expect("it is replaced");
+    cluster.start_sprited();
+    let (after, same_pid) = sprite.counter("/tmp/count");
+    assert!(same_pid == pid && after > before, "{before}, then {after} of another process: {}", sprite.record());
+    drop(sprite);
+    drop(cluster);
+    std::fs::remove_dir_all(folder).expect("it is removed");
+}
+
+#[test]
 fn nothing_of_a_destroyed_sprite_stays_on_the_host() {
     let _turn = one_at_a_time();
     let cluster = Cluster::start(Options::default());
