@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The public gRPC API from a stock client: create, run, checkpoint, restore, sleep, wake, destroy.
+"""The public gRPC API from a stock client: create, run, checkpoint, restore, fork, sync, sleep, wake, destroy.
 
 Needs grpcio and protobuf (Debian: python3-grpcio python3-protobuf protobuf-compiler) and the environment that `./dev env` prints:
 
@@ -67,6 +67,16 @@ def walk(client, name):
     print("destroyed")
 
 
+def fork(client, name, checkpoint):
+    source = api.ForkSource(sprite=name, checkpoint=checkpoint)
+    copy = client.call("CreateSprite", api.CreateSpriteRequest(name=name + "-fork", **{"from": source}), api.Sprite)
+    try:
+        came_from = getattr(copy, "from")
+        print("forked", came_from.checkpoint, client.exec(copy.name, "sh", "-c", "cat ~/file")[1])
+    finally:
+        client.call("DestroySprite", api.DestroySpriteRequest(name=copy.name), api.DestroySpriteResponse)
+
+
 def use(client, name):
     print("exec", client.exec(name, "sh", "-c", "cat > ~/file; echo kept; echo warned >&2; exit 3", stdin=b"one"))
     events = list(client.stream("CreateCheckpoint", api.CreateCheckpointRequest(name=name, comment="grpc"), api.CheckpointEvent))
@@ -76,6 +86,9 @@ def use(client, name):
     restore = api.RestoreCheckpointRequest(name=name, checkpoint=checkpoint.id)
     print("restore", list(client.stream("RestoreCheckpoint", restore, api.CheckpointEvent))[-1].kind)
     print("file", client.exec(name, "sh", "-c", "cat ~/file")[1])
+    fork(client, name, checkpoint.id)
+    synced = client.call("SyncSprite", api.SyncSpriteRequest(name=name), api.SyncSpriteResponse)
+    print("synced", synced.watermark_at > "2026", synced.generation)
     asleep = client.call("SleepSprite", api.SleepSpriteRequest(name=name), api.SleepSpriteResponse)
     print("asleep", asleep.sprite.status)
     woken = client.call("WakeSprite", api.WakeSpriteRequest(name=name), api.WakeSpriteResponse)

@@ -24,6 +24,8 @@ fn a_stock_grpc_client_walks_through_a_sprites_life() {
         "checkpoint v1 grpc complete",
         "restore complete",
         "file b'one'",
+        "forked v1 b'one'",
+        "synced True 2",
         "asleep warm",
         "woken running memory",
         &format!("listed ['{name}']"),
