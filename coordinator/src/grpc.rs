@@ -6,7 +6,7 @@ use futures_util::{Stream, StreamExt as _, stream};
 use proto::{
     id::SpriteName,
     public::{
-        CheckpointEvent, CreateCheckpointRequest, CreateSpriteRequest, DeleteCheckpointRequest,
+        self, CheckpointEvent, CreateCheckpointRequest, CreateSpriteRequest, DeleteCheckpointRequest,
         DeleteCheckpointResponse, DestroySpriteRequest, DestroySpriteResponse, ExecRequest, ExecResponse,
         GetSpriteRequest, ListCheckpointsRequest, ListCheckpointsResponse, ListSpritesRequest, ListSpritesResponse,
         RestoreCheckpointRequest, SleepSpriteRequest, SleepSpriteResponse, Sprite, SyncSpriteRequest,
@@ -23,7 +23,7 @@ use tonic::{
 use crate::{
     refusal::Refusal,
     rest,
-    service::{CheckpointEvents, IdleTimeout, NewSprite, PAGE_MAX, Service, Update, labels, request_id},
+    service::{CheckpointEvents, ForkSource, IdleTimeout, NewSprite, PAGE_MAX, Service, Update, labels, request_id},
     tokens::Caller,
     view::{self, View},
     watch::{Seen, Watch},
@@ -212,7 +212,7 @@ fn new_sprite(request: CreateSpriteRequest) -> Result<NewSprite, Refusal> {
         name: request.name.parse::<SpriteName>()?,
         size: Some(request.size.as_str()).filter(|size| !size.is_empty()).map(rest::size).transpose()?,
         disk_bytes: None,
-        from: request.from.map(|from| rest::fork_source(Some(from.sprite), Some(from.checkpoint))).transpose()?,
+        from: request.from.map(fork_source).transpose()?,
         labels: labels(request.labels)?,
         environment: request.environment.into_iter().collect(),
         url_settings: UrlSettings { auth: url_auth(request.public), private_access: None },
@@ -220,6 +220,16 @@ fn new_sprite(request: CreateSpriteRequest) -> Result<NewSprite, Refusal> {
         always_on: false,
         wait_for_capacity: false,
         request_id: request_id(request.request_id)?,
+    })
+}
+
+fn fork_source(from: public::ForkSource) -> Result<ForkSource, Refusal> {
+    if from.sprite.is_empty() {
+        return Err(Refusal::Invalid("`from` names no sprite to fork".to_owned()));
+    }
+    Ok(ForkSource {
+        sprite: from.sprite,
+        checkpoint: Some(from.checkpoint).filter(|checkpoint| !checkpoint.is_empty()),
     })
 }
 

@@ -43,7 +43,7 @@ mod ndjson;
 mod sprites;
 mod watch;
 
-pub(crate) use sprites::{fork_source, read_token, size, token_after};
+pub(crate) use sprites::{read_token, size, token_after};
 
 const VERSION_HEADER: HeaderName = HeaderName::from_static("sprite-version");
 /// The largest body of a call here: an environment of 64 KiB in JSON, with room.
@@ -88,6 +88,9 @@ async fn read_json<T: DeserializeOwned>(body: Body) -> Result<T, Refusal> {
         Err(error) => return Err(Refusal::Malformed(format!("the request's body broke off: {error}"))),
     };
     let bytes = if bytes.iter().all(u8::is_ascii_whitespace) { Bytes::from_static(b"{}") } else { bytes };
+    if bytes.iter().find(|byte| !byte.is_ascii_whitespace()) != Some(&b'{') {
+        return Err(Refusal::Malformed("the request's body is not a JSON object".to_owned()));
+    }
     serde_json::from_slice(&bytes)
         .map_err(|error| Refusal::Malformed(format!("the request's body is not the JSON expected here: {error}")))
 }

@@ -88,7 +88,8 @@ fn command(words: &[&str]) -> Result<Wish, CliError> {
         ["version" | "--version" | "-V"] => Ok(Wish::Say(format!("{}\n", proto::VERSION))),
         ["curl", rest @ ..] => curl(rest),
         ["checkpoints" | "checkpoint", rest @ ..] => checkpoints(rest),
-        ["sync"] => Ok(request("POST", "/v1/sync", None, Show::Json)),
+        ["sync"] | ["sync", "--json"] => Ok(request("POST", "/v1/sync", None, Show::Json)),
+        ["sync", other, ..] => Err(CliError::Usage(format!("sync takes no arguments, not {other}"))),
         ["tasks" | "task", rest @ ..] => tasks(rest),
         [other, ..] => Err(CliError::Usage(format!("unknown command: {other}"))),
     }

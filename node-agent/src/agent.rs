@@ -52,6 +52,11 @@ use tonic::{
 
 use crate::laps::Laps;
 
+/// Nothing tells the host when the guest's driver has heard of a new size.
+const GROW_POLL: Duration = Duration::from_millis(50);
+/// The largest block of an ext4.
+const FS_BLOCK_BYTES_MAX: u64 = 64 << 10;
+
 /// QEMU creates the socket while it starts; look again after this.
 const SOCKET_RETRY: Duration = Duration::from_millis(20);
 /// First wait for the guest's marker. Each further wait is twice as long: a new marker ends the session before, so that a guest that always needs
@@ -242,8 +247,19 @@ impl AgentClient {
         reply("Thaw", self.rpc.clone().thaw(ThawRequest {}).await)
     }
 
-    pub async fn grow_filesystem(&self) -> Result<GrowFilesystemReply, CallError> {
-        reply("GrowFilesystem", self.rpc.clone().grow_filesystem(GrowFilesystemRequest {}).await)
+    /// Grows the file system to all of a disk of `disk_bytes`. The guest's driver hears of a disk's new size some time after QEMU does, so it is asked
+    /// again until it has; the caller bounds that.
+    pub async fn grow_filesystem(&self, disk_bytes: u64) -> Result<(), CallError> {
+        loop {
+            let request = GrowFilesystemRequest {};
+            let GrowFilesystemReply { size_bytes } =
+                reply("GrowFilesystem", self.rpc.clone().grow_filesystem(request).await)?;
+            // In whole blocks.
+            if size_bytes.saturating_add(FS_BLOCK_BYTES_MAX) > disk_bytes {
+                return Ok(());
+            }
+            tokio::time::sleep(GROW_POLL).await;
+        }
     }
 
     /// Flushes everything to the device.

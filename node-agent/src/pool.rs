@@ -69,12 +69,12 @@ impl Pool {
         self.ready.lock().await.len()
     }
 
-    /// Ends the pool; what was in it is returned to be freed.
+    /// Ends the pool; what is in it is returned to be freed. An entry that is still being made is not waited for.
     pub(crate) async fn drain(&self) -> Vec<Prepared> {
         let mut ready = self.ready.lock().await;
         ready.close();
         let mut entries = Vec::new();
-        while let Some(entry) = ready.recv().await {
+        while let Ok(entry) = ready.try_recv() {
             entries.push(entry);
         }
         entries

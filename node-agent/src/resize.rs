@@ -27,8 +27,8 @@ pub(crate) async fn grow(host: &Host, id: SpriteId, disk_bytes: u64) -> Result<u
     }
     volume.resize(disk_bytes).await.map_err(|error| Status::unavailable(chain(&error)))?;
     host.announce_disk_size(id, disk_bytes).await.map_err(Status::internal)?;
-    match tokio::time::timeout(GROW_LIMIT, running.agent.grow_filesystem()).await {
-        Ok(Ok(_)) => Ok(disk_bytes),
+    match tokio::time::timeout(GROW_LIMIT, running.agent.grow_filesystem(disk_bytes)).await {
+        Ok(Ok(())) => Ok(disk_bytes),
         Ok(Err(error)) => Err(Status::internal(format!("the disk grew, its file system did not: {}", chain(&error)))),
         Err(_elapsed) => Err(Status::deadline_exceeded("the disk grew; its file system is still growing")),
     }

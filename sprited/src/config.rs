@@ -122,6 +122,11 @@ pub(crate) enum ConfigError {
 }
 
 impl Settings {
+    /// For tools that need nothing but the bucket.
+    pub(crate) fn of_bucket(config: Option<PathBuf>, data: Option<PathBuf>, bucket: Option<String>) -> Self {
+        Self { config, data, bucket, ..Self::default() }
+    }
+
     /// Reads the file, if one is named, and checks everything.
     pub(crate) fn check(self) -> Result<Config, ConfigError> {
         let file = self.config.as_deref().map(read_file).transpose()?.unwrap_or_default();

@@ -4,13 +4,14 @@ use std::{
     fs::File,
     io::IsTerminal as _,
     path::{Path, PathBuf},
-    process::{Command, ExitCode},
+    process::ExitCode,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, bail};
 use blockstore::store::{Archive, Disk, Limits, Summary};
 use clap::{Args, Subcommand, ValueEnum};
+use nix::fcntl::{Flock, FlockArg};
 use proto::id::{SpriteId, SpriteName};
 
 use crate::{
@@ -35,7 +36,7 @@ enum VolumeCommand {
         after_help = "Example:\n  sprited volume inspect demo --bucket s3://sprites/prod?region=eu-central-1 --json"
     )]
     Inspect(Of),
-    /// Reads everything a sprite's disk is made of, and checks it against its hashes; exit code 1 if something is damaged
+    /// Reads all that a sprite's disk, checkpoints and memory are made of, and checks it against its hashes; exit code 1 if something is damaged
     #[command(after_help = "Example:\n  sprited volume verify demo")]
     Verify(Of),
     /// Writes a disk image, of the newest push or of a checkpoint
@@ -56,7 +57,33 @@ struct Of {
     #[arg(long)]
     json: bool,
     #[command(flatten)]
-    settings: Settings,
+    bucket: BucketArguments,
+}
+
+/// Which bucket.
+#[derive(Args)]
+struct BucketArguments {
+    /// Settings in a file
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// The cluster's data folder, which has the bucket in it unless another one is named [default: /var/lib/sprites]
+    #[arg(long, value_name = "DIR")]
+    data: Option<PathBuf>,
+    /// `dir:/path` or `s3://bucket/prefix?endpoint=…&region=…`, with AWS_* in the environment
+    #[arg(long, value_name = "URL")]
+    bucket: Option<String>,
+}
+
+impl BucketArguments {
+    fn check(self) -> anyhow::Result<Config> {
+        let config = Settings::of_bucket(self.config, self.data, self.bucket).check()?;
+        if let Some(folder) = config.bucket_url.strip_prefix("dir:")
+            && !Path::new(folder).join("v1").is_dir()
+        {
+            bail!("there is no bucket in {folder}; name it with --bucket, or the cluster's folder with --data");
+        }
+        Ok(config)
+    }
 }
 
 #[derive(Args)]
@@ -68,11 +95,11 @@ struct Export {
     /// The disk at this checkpoint
     #[arg(long)]
     checkpoint: Option<String>,
-    /// What to write; qcow2 needs `qemu-img`
-    #[arg(long, value_enum, default_value = "raw")]
-    format: Format,
+    /// What to write [default: qcow2 if the file's name ends so, else raw]; qcow2 needs `qemu-img`
+    #[arg(long, value_enum)]
+    format: Option<Format>,
     #[command(flatten)]
-    settings: Settings,
+    bucket: BucketArguments,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -82,10 +109,20 @@ enum Format {
 }
 
 pub(crate) async fn run(arguments: VolumeArguments) -> anyhow::Result<ExitCode> {
-    match arguments.command {
-        VolumeCommand::Inspect(of) => inspect(of).await,
-        VolumeCommand::Verify(of) => verify(of).await,
-        VolumeCommand::Export(wanted) => export(wanted).await,
+    let work = async {
+        match arguments.command {
+            VolumeCommand::Inspect(of) => inspect(of).await,
+            VolumeCommand::Verify(of) => verify(of).await,
+            VolumeCommand::Export(wanted) => export(wanted).await,
+        }
+    };
+    // What is half-done is removed when the work is dropped.
+    tokio::select! {
+        done = work => done,
+        signal = ended_by_signal() => {
+            eprintln!("✗ interrupted; nothing is left behind");
+            Ok(ExitCode::from(128 + signal?))
+        }
     }
 }
 
@@ -126,7 +163,7 @@ async fn open(sprite: &str, config: &Config) -> anyhow::Result<Opened> {
 }
 
 async fn inspect(of: Of) -> anyhow::Result<ExitCode> {
-    let opened = open(&of.sprite, &of.settings.check()?).await?;
+    let opened = open(&of.sprite, &of.bucket.check()?).await?;
     let summary = opened.archive.summary(opened.id).await?;
     if of.json {
         println!("{}", serde_json::to_string_pretty(&summary)?);
@@ -149,11 +186,18 @@ fn shown(summary: &Summary) -> String {
         ("generation", summary.generation.to_string()),
         ("pushed until", format!("{} (write {})", time(summary.cut_unix_ms), summary.lsn)),
         ("disk", format!("{} MiB, {} MiB used", summary.size_bytes >> 20, summary.used_bytes >> 20)),
-        ("own packs", format!("{}, {} MiB in the bucket", summary.packs, summary.pack_bytes >> 20)),
+        (
+            "own packs",
+            format!("{}, {} MiB; the rest is the base's or a parent's", summary.packs, summary.pack_bytes >> 20),
+        ),
     ];
-    lines.extend(summary.memory_bytes.map(|bytes| ("memory", format!("an image of {} MiB", bytes >> 20))));
+    let none = || "none".to_owned();
+    lines.push(("memory", summary.memory_bytes.map_or_else(none, |bytes| format!("an image of {} MiB", bytes >> 20))));
     lines.extend(summary.parent.map(|parent| ("forked from", parent.to_string())));
     lines.extend(summary.forks.iter().map(|fork| ("fork", fork.to_string())));
+    if summary.checkpoints.is_empty() {
+        lines.push(("checkpoints", none()));
+    }
     for checkpoint in &summary.checkpoints {
         let state = match (checkpoint.lost, checkpoint.durable) {
             (true, _) => "lost with its host",
@@ -169,7 +213,7 @@ fn shown(summary: &Summary) -> String {
 }
 
 async fn verify(of: Of) -> anyhow::Result<ExitCode> {
-    let opened = open(&of.sprite, &of.settings.check()?).await?;
+    let opened = open(&of.sprite, &of.bucket.check()?).await?;
     let progress = Progress::new("checked", None);
     let verified = opened.archive.verify(opened.id, |chunks| progress.say(chunks * CHUNK_BYTES)).await?;
     progress.end();
@@ -191,51 +235,106 @@ async fn verify(of: Of) -> anyhow::Result<ExitCode> {
 }
 
 async fn export(wanted: Export) -> anyhow::Result<ExitCode> {
-    let Export { sprite, file: target, checkpoint, format, settings } = wanted;
-    let config = settings.check()?;
-    let shown = target.display().to_string();
-    if target.exists() {
-        bail!("{shown} exists already; it is not overwritten");
-    }
+    let Export { sprite, file: target, checkpoint, format, bucket } = wanted;
+    let config = bucket.check()?;
+    let named = target.extension().is_some_and(|ending| ending == "qcow2").then_some(Format::Qcow2);
+    let format = format.or(named).unwrap_or(Format::Raw);
+    check_target(&target)?;
     let opened = open(&sprite, &config).await?;
     let disk = opened.archive.disk(opened.id, checkpoint.as_deref()).await?;
-    // Beside the target, so that the end is a rename; a file of that name is whole.
-    let unfinished = beside(&target);
-    let file = File::options().read(true).write(true).create_new(true).open(&unfinished);
-    let file = file.with_context(|| format!("cannot write {}", unfinished.display()))?;
-    let written = match write(&opened.archive, disk, &file, &unfinished).await {
-        Ok(()) => finish(&unfinished, &target, format),
-        Err(error) => Err(error),
-    };
-    if written.is_err() {
-        drop(std::fs::remove_file(&unfinished));
-    }
-    written?;
-    println!("✓ {sprite} is in {shown}: {} MiB, {} MiB used", disk.size_bytes >> 20, disk.used_bytes() >> 20);
+    let unfinished = Unfinished::beside(&target)?;
+    write(&opened.archive, disk, &unfinished).await?;
+    finish(&unfinished.path, &target, format).await?;
+    let what = checkpoint.map_or_else(|| "its newest push".to_owned(), |checkpoint| format!("checkpoint {checkpoint}"));
+    let (size_mib, used_mib) = (disk.size_bytes >> 20, disk.used_bytes() >> 20);
+    println!("✓ {sprite} at {what} is in {}: {size_mib} MiB, {used_mib} MiB used", target.display());
     Ok(ExitCode::SUCCESS)
 }
 
-async fn write(archive: &Archive, disk: Disk, file: &File, path: &Path) -> anyhow::Result<()> {
-    let progress = Progress::new("exported", Some(disk.used_bytes()));
-    archive.export(disk, file, |bytes| progress.say(bytes)).await?;
-    progress.end();
-    file.sync_all().with_context(|| format!("cannot write {}", path.display()))
+/// Before anything is fetched.
+fn check_target(target: &Path) -> anyhow::Result<()> {
+    let shown = target.display();
+    if target == Path::new("-") {
+        bail!("a disk image is sparse, so it goes to a file, not to standard output");
+    }
+    // Also a link that leads nowhere.
+    if target.symlink_metadata().is_ok() {
+        bail!("{shown} exists already; it is not overwritten");
+    }
+    let folder = target.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    if !folder.is_dir() {
+        bail!("{shown} cannot be written: there is no folder {}", folder.display());
+    }
+    Ok(())
 }
 
-fn finish(raw: &Path, target: &Path, format: Format) -> anyhow::Result<()> {
-    if format == Format::Raw {
-        return std::fs::rename(raw, target).with_context(|| format!("cannot write {}", target.display()));
+/// The number of the signal that asks this process to end.
+async fn ended_by_signal() -> anyhow::Result<u8> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
+    Ok(tokio::select! {
+        _ = interrupt.recv() => 2,
+        _ = terminate.recv() => 15,
+    })
+}
+
+/// An image on its way, beside its target, so that the end is a rename: a file of the target's name is whole. Removed when dropped.
+struct Unfinished {
+    path: PathBuf,
+    /// Locked: what an export that was killed has left is taken over, what another one is writing is not.
+    file: Flock<File>,
+}
+
+impl Unfinished {
+    fn beside(target: &Path) -> anyhow::Result<Self> {
+        let path = beside(target);
+        let shown = path.display().to_string();
+        let file = File::options().read(true).write(true).create(true).truncate(false).open(&path);
+        let file = file.with_context(|| format!("cannot write {shown}"))?;
+        let file = Flock::lock(file, FlockArg::LockExclusiveNonblock)
+            .map_err(|(_, error)| anyhow::Error::new(error).context(format!("another export writes {shown}")))?;
+        file.set_len(0).with_context(|| format!("cannot write {shown}"))?;
+        Ok(Self { path, file })
     }
-    let converted = Command::new("qemu-img")
-        .args(["convert", "-q", "-f", "raw", "-O", "qcow2"])
-        .args([raw, target])
-        .status()
-        .context("cannot run qemu-img; install qemu-utils, or export raw")?;
+}
+
+impl Drop for Unfinished {
+    fn drop(&mut self) {
+        // After a rename it is gone.
+        drop(std::fs::remove_file(&self.path));
+    }
+}
+
+async fn write(archive: &Archive, disk: Disk, to: &Unfinished) -> anyhow::Result<()> {
+    let progress = Progress::new("exported", Some(disk.used_bytes()));
+    archive.export(disk, &to.file, |bytes| progress.say(bytes)).await?;
+    progress.end();
+    to.file.sync_all().with_context(|| format!("cannot write {}", to.path.display()))
+}
+
+async fn finish(raw: &Path, target: &Path, format: Format) -> anyhow::Result<()> {
+    let shown = target.display();
+    if format == Format::Raw {
+        return std::fs::rename(raw, target).with_context(|| format!("cannot write {shown}"));
+    }
+    let mut converting = tokio::process::Command::new("qemu-img");
+    converting.args(["convert", "-q", "-f", "raw", "-O", "qcow2"]).args([raw, target]).kill_on_drop(true);
+    let half = Half(target);
+    let converted = converting.status().await.context("cannot run qemu-img; install qemu-utils, or export raw")?;
     if !converted.success() {
-        drop(std::fs::remove_file(target));
         bail!("qemu-img cannot make a qcow2 of {} ({converted})", raw.display());
     }
-    std::fs::remove_file(raw).with_context(|| format!("cannot remove {}", raw.display()))
+    std::mem::forget(half);
+    Ok(())
+}
+
+/// A target that is not whole yet; removed when dropped.
+struct Half<'a>(&'a Path);
+
+impl Drop for Half<'_> {
+    fn drop(&mut self) {
+        drop(std::fs::remove_file(self.0));
+    }
 }
 
 fn beside(file: &Path) -> PathBuf {

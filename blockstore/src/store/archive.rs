@@ -52,7 +52,7 @@ pub enum ArchiveError {
     Unknown(SpriteId),
     #[error("volume {0} was destroyed")]
     Destroyed(SpriteId),
-    #[error("volume {id} has no checkpoint {checkpoint} in the bucket")]
+    #[error("volume {id} has no checkpoint {checkpoint:?} in the bucket; `inspect` shows those it has")]
     NoCheckpoint { id: SpriteId, checkpoint: String },
     #[error("cannot read the bucket")]
     Read(#[from] VolumeError),

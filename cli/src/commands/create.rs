@@ -25,9 +25,10 @@ Examples:
   sprite create ci-7 --label ci --idle-timeout 5m --json
   sprite create bot --always-on                       never sleeps, restarted after a loss
   sprite create try --from demo@v3                    a copy of demo's disk as it was at checkpoint v3
-  sprite create try --from demo                       as it is now; takes a checkpoint of demo
+  sprite create try --from demo                       as it is now: wakes demo and takes a checkpoint of it
 
-A fork costs as much as any create, whatever is on its disk. It has ids and keys of its own, and neither sees what the other writes.")]
+A fork costs as much as any create, whatever is on its disk. It has ids and keys of its own and no checkpoints yet, and neither sees what the other
+writes.")]
 pub(crate) struct Arguments {
     /// Its name [default: a random one]
     name: Option<String>,
@@ -94,13 +95,15 @@ pub(crate) async fn run(context: &Context, arguments: Arguments) -> Done {
     let call = Call::post(Target::sprites(), &body).within(LONG_LIMIT);
     let made = output::with_spinner(format!("creating {name}"), api.json(&call))
         .await
-        .map_err(|error| explain(error, &name))?;
+        .map_err(|error| explain(error, &name, arguments.from.as_ref()))?;
     let took = started.elapsed();
     if arguments.json {
         output::json(&made)?;
         return Ok(0);
     }
+    let is_now = arguments.from.as_ref().is_some_and(|from| from.checkpoint.is_none());
     let from = match (made["from"]["sprite"].as_str(), made["from"]["checkpoint"].as_str()) {
+        (Some(sprite), Some(checkpoint)) if is_now => format!(" from {sprite}@{checkpoint}, taken for it,"),
         (Some(sprite), Some(checkpoint)) => format!(" from {sprite}@{checkpoint}"),
         _ => String::new(),
     };
@@ -111,7 +114,7 @@ pub(crate) async fn run(context: &Context, arguments: Arguments) -> Done {
     console::open(&api, &name).await
 }
 
-fn explain(error: CallError, name: &str) -> Failure {
+fn explain(error: CallError, name: &str, from: Option<&ForkSource>) -> Failure {
     let CallError::Refused(refused) = error else { return error.into() };
     let status = refused.status;
     let failure = Failure::from(refused);
@@ -119,6 +122,10 @@ fn explain(error: CallError, name: &str) -> Failure {
         // A server with more to say about it says so itself.
         409 if failure.advice.is_none() => Failure::new(format!("a sprite named {name:?} already exists"))
             .advise("take another name, or `sprite destroy` it first"),
+        404 if from.is_some_and(|from| from.checkpoint.is_some()) && failure.advice.is_none() => {
+            let sprite = from.map(|from| from.sprite.as_str()).unwrap_or_default();
+            failure.advise(format!("`sprite checkpoint list -s {sprite}` shows those it has"))
+        }
         400 | 422 if failure.advice.is_none() => failure.advise(NAME_RULE),
         _ => failure,
     }

@@ -39,9 +39,9 @@ pub(crate) async fn run(context: &Context, arguments: Arguments) -> Done {
         output::json(&answer)?;
         return Ok(0);
     }
-    let until = answer["watermark_at"].as_str().and_then(|text| text.parse::<Timestamp>().ok());
-    let until = until.map(|time| time.to_zoned(TimeZone::system()).strftime("%H:%M:%S").to_string());
-    let until = until.map(|time| format!(" until {time}")).unwrap_or_default();
-    output::answer(format!("✓ everything {name} wrote{until} is in the bucket"))?;
+    let pushed = answer["watermark_at"].as_str().and_then(|text| text.parse::<Timestamp>().ok());
+    let pushed = pushed.map(|time| time.to_zoned(TimeZone::system()).strftime("%F %H:%M:%S").to_string());
+    let pushed = pushed.map(|time| format!("; the last of it was pushed at {time}")).unwrap_or_default();
+    output::answer(format!("✓ everything {name} wrote is in the bucket{pushed}"))?;
     Ok(0)
 }

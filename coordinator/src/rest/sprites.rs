@@ -40,13 +40,7 @@ struct CreateBody {
     idle_timeout: Option<String>,
     always_on: Option<bool>,
     request_id: Option<String>,
-    from: Option<FromBody>,
-}
-
-#[derive(Deserialize)]
-struct FromBody {
-    sprite: Option<String>,
-    checkpoint: Option<String>,
+    from: Option<Value>,
 }
 
 #[derive(Deserialize)]
@@ -69,7 +63,7 @@ pub(super) async fn create(call: &Call, body: Body) -> Result<Response, Refusal>
         name: body.name.unwrap_or_default().parse::<SpriteName>()?,
         size: body.size.as_deref().map(size).transpose()?,
         disk_bytes: body.disk_bytes.map(disk_bytes).transpose()?,
-        from: body.from.map(|from| fork_source(from.sprite, from.checkpoint)).transpose()?,
+        from: body.from.as_ref().map(read_fork_source).transpose()?,
         labels: labels(body.labels.unwrap_or_default())?,
         environment: body.environment.unwrap_or_default(),
         url_settings: UrlSettings {
@@ -184,10 +178,32 @@ fn disk_bytes(bytes: u64) -> Result<u64, Refusal> {
     )))
 }
 
-pub(crate) fn fork_source(sprite: Option<String>, checkpoint: Option<String>) -> Result<ForkSource, Refusal> {
-    let named = |text: Option<String>| text.filter(|text| !text.is_empty());
-    let sprite = named(sprite).ok_or_else(|| Refusal::Invalid("`from` names no sprite to fork".to_owned()))?;
-    Ok(ForkSource { sprite, checkpoint: named(checkpoint) })
+/// `{"sprite": "demo", "checkpoint": "v3"}` or `"demo@v3"`. Anything else is refused: a slip of the pen must not fork something else.
+fn read_fork_source(from: &Value) -> Result<ForkSource, Refusal> {
+    let wrong = || {
+        let form =
+            r#"`from` is {"sprite": "demo", "checkpoint": "v3"} or "demo@v3"; without a checkpoint, demo as it is now"#;
+        Refusal::Invalid(form.to_owned())
+    };
+    let text = |value: &Value| value.as_str().filter(|text| !text.is_empty()).map(str::to_owned).ok_or_else(wrong);
+    match from {
+        Value::String(from) => {
+            let (sprite, checkpoint) = match from.split_once('@') {
+                Some((sprite, checkpoint)) => (sprite, Some(checkpoint)),
+                None => (from.as_str(), None),
+            };
+            if sprite.is_empty() || checkpoint.is_some_and(str::is_empty) {
+                return Err(wrong());
+            }
+            Ok(ForkSource { sprite: sprite.to_owned(), checkpoint: checkpoint.map(str::to_owned) })
+        }
+        Value::Object(fields) if fields.keys().all(|key| matches!(key.as_str(), "sprite" | "checkpoint")) => {
+            let sprite = text(fields.get("sprite").unwrap_or(&Value::Null))?;
+            let checkpoint = fields.get("checkpoint").filter(|checkpoint| !checkpoint.is_null());
+            Ok(ForkSource { sprite, checkpoint: checkpoint.map(text).transpose()? })
+        }
+        _ => Err(wrong()),
+    }
 }
 
 fn url_auth(text: &str) -> Result<UrlAuth, Refusal> {
@@ -207,5 +223,33 @@ fn private_access(text: &str) -> Result<String, Refusal> {
                 .to_owned(),
         )),
         other => Err(Refusal::Invalid(format!("url_settings.private_access {other:?} is not org_users"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_forked_is_said_exactly() {
+        let read = |from: Value| read_fork_source(&from).ok().map(|from| (from.sprite, from.checkpoint));
+        let source = |checkpoint: Option<&str>| Some(("demo".to_owned(), checkpoint.map(str::to_owned)));
+        assert_eq!(read(json!({ "sprite": "demo", "checkpoint": "v3" })), source(Some("v3")));
+        assert_eq!(read(json!({ "sprite": "demo", "checkpoint": null })), source(None));
+        assert_eq!(read(json!("demo@v3")), source(Some("v3")));
+        assert_eq!(read(json!("demo")), source(None));
+        for wrong in [
+            json!({}),
+            json!({ "sprite": "demo", "chekpoint": "v9" }),
+            json!({ "sprite": "demo", "checkpoint": "" }),
+            json!({ "sprite": 7 }),
+            json!("demo@"),
+            json!("@v3"),
+            json!(""),
+            json!(["demo"]),
+            json!(3),
+        ] {
+            assert_eq!(read(wrong.clone()), None, "{wrong}");
+        }
     }
 }

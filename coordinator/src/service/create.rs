@@ -16,6 +16,7 @@ use blockstore::bucket::{Record, RecordError};
 use futures_util::StreamExt as _;
 use proto::{
     id::{SpriteId, SpriteName},
+    paths::CURRENT_CHECKPOINT,
     record::{DISK_BYTES_DEFAULT, ForkedFrom, IdlePolicy, SizeClass, SpriteRecord},
 };
 use tokio::time::Instant;
@@ -209,8 +210,14 @@ impl Service {
     ) -> Result<(SpriteRecord, ForkedFrom), Refusal> {
         let parent = self.record(org, &source.sprite).await?.value;
         let checkpoint = match &source.checkpoint {
-            Some(checkpoint) => checkpoint.clone(),
-            None => {
+            Some(checkpoint) if checkpoint != CURRENT_CHECKPOINT => {
+                let known = self.node().checkpoints(parent.id).await?;
+                if !known.iter().any(|known| known.id == *checkpoint) {
+                    return Err(Refusal::CheckpointNotFound { id: checkpoint.clone() });
+                }
+                checkpoint.clone()
+            }
+            Some(_) | None => {
                 let mut events =
                     self.create_checkpoint(org, &source.sprite, format!("forked as {child}"), false).await?;
                 let mut taken = None;

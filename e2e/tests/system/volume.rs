@@ -1,8 +1,16 @@
 //! `sprited volume`: an operator takes a disk out of the bucket.
 
-use std::process::Command;
+use std::{
+    path::Path,
+    process::{Command, Stdio},
+    time::Duration,
+};
 
-use e2e::{Cluster, Finished, binary};
+use e2e::{Cluster, Finished, binary, eventually};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 
 fn volume(cluster: &Cluster, arguments: &[&str]) -> Finished {
     let mut command = Command::new(binary("sprited"));
@@ -40,10 +48,26 @@ fn an_exported_checkpoint_is_a_clean_file_system_with_what_was_in_it() {
     // Never mounted on the host.
     run(cluster, "e2fsck", &["-fn", &raw]).success();
     assert_eq!(run(cluster, "debugfs", &["-R", "cat /home/sprite/file", &raw]).success().out().trim(), "then");
-    volume(cluster, &["export", &sprite.name, &qcow2, "--checkpoint", &checkpoint, "--format", "qcow2"]).success();
+    volume(cluster, &["export", &sprite.name, &qcow2, "--checkpoint", &checkpoint]).success();
     run(cluster, "qemu-img", &["compare", "-f", "raw", "-F", "qcow2", &raw, &qcow2]).success().says("identical");
+
+    let half = file("half.raw");
+    let mut exporting = Command::new(binary("sprited"));
+    exporting.args(["volume", "export", &sprite.name, &half, "--data"]).arg(cluster.folder());
+    let mut exporting = exporting.stderr(Stdio::null()).spawn().expect("it starts");
+    let unfinished = folder.join("half.raw.unfinished");
+    eventually("an export under way", Duration::from_secs(30), || {
+        if unfinished.exists() { Ok(()) } else { Err(format!("{:?}", exporting.try_wait())) }
+    });
+    kill(Pid::from_raw(exporting.id().try_into().expect("a pid")), Signal::SIGINT).expect("it runs");
+    assert_eq!(exporting.wait().expect("it ends").code(), Some(130));
+    assert!(!unfinished.exists() && !Path::new(&half).exists(), "an interrupted export leaves something");
 
     volume(cluster, &["export", &sprite.name, &raw]).refused().says("not overwritten");
     volume(cluster, &["export", &sprite.name, &file("x"), "--checkpoint", "v77"]).refused().says("v77");
+    let mut elsewhere = Command::new(binary("sprited"));
+    elsewhere.args(["volume", "inspect", &sprite.name, "--data"]).arg(folder.join("nowhere"));
+    cluster.run(elsewhere, b"").refused().says("no bucket");
+    assert!(!folder.join("nowhere").exists(), "looking has made a bucket");
     volume(cluster, &["verify", "nobody-has-this-name"]).refused().says("no sprite nobody-has-this-name");
 }

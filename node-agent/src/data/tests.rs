@@ -188,6 +188,12 @@ async fn close_code(socket: &mut Socket) -> u16 {
 }
 
 #[tokio::test]
+async fn a_file_system_is_grown_until_the_guest_knows_its_new_disk() {
+    let agent = fake_agent::connect().await;
+    timeout(STEP, agent.grow_filesystem(120 << 30)).await.unwrap().unwrap();
+}
+
+#[tokio::test]
 async fn a_command_ends_as_every_client_needs_it() {
     let node = node().await;
     let mut socket = node.socket("/exec?cmd=both-streams-7&path=both-streams-7&stdin=true").await.unwrap();

@@ -373,8 +373,8 @@ async fn fill_disk(parts: &Parts) -> Result<(), BootError> {
     if volume.size_bytes() == DISK_BYTES_DEFAULT {
         return Ok(());
     }
-    match tokio::time::timeout(GROW_LIMIT, process.agent.grow_filesystem()).await {
-        Ok(grown) => grown.map(drop).map_err(|error| BootError::failed(&error)),
+    match tokio::time::timeout(GROW_LIMIT, process.agent.grow_filesystem(volume.size_bytes())).await {
+        Ok(grown) => grown.map_err(|error| BootError::failed(&error)),
         Err(_elapsed) => Err(BootError::failed(&GuestError::Silent("grow its file system"))),
     }
 }

@@ -1,6 +1,11 @@
 //! A guest agent in this process, behind the same marker and HTTP/2 as the real one, which plays commands instead of running them.
 
-use std::{net::SocketAddr, path::PathBuf, pin::Pin};
+use std::{
+    net::SocketAddr,
+    path::PathBuf,
+    pin::Pin,
+    sync::atomic::{AtomicUsize, Ordering},
+};
 
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt as _, stream};
@@ -44,14 +49,23 @@ pub(super) async fn connect() -> AgentClient {
         stream.write_all(&resync::guest_marker(nonce)).await.expect("an answer");
         let incoming = stream::iter([Ok::<_, std::io::Error>(stream)]).chain(stream::pending());
         drop(
-            tonic::transport::Server::builder().add_service(AgentServer::new(Fake)).serve_with_incoming(incoming).await,
+            tonic::transport::Server::builder()
+                .add_service(AgentServer::new(Fake::default()))
+                .serve_with_incoming(incoming)
+                .await,
         );
         drop(folder);
     });
     AgentClient::connect(&path, std::time::Duration::from_secs(10)).await.expect("a session")
 }
 
-struct Fake;
+/// Sizes that the file system has when it is grown, one after the other; the driver knows of the new disk only at the last.
+pub(super) const GROWN: [u64; 3] = [100 << 30, 100 << 30, (120 << 30) - 4096];
+
+#[derive(Default)]
+struct Fake {
+    grown: AtomicUsize,
+}
 
 fn out(output: Output) -> ExecOutput {
     ExecOutput { output: Some(output) }
@@ -245,7 +259,8 @@ impl Agent for Fake {
         &self,
         _: Request<GrowFilesystemRequest>,
     ) -> Result<Response<GrowFilesystemReply>, Status> {
-        Err(Status::unimplemented("not played"))
+        let call = self.grown.fetch_add(1, Ordering::SeqCst);
+        Ok(Response::new(GrowFilesystemReply { size_bytes: GROWN[call] }))
     }
 
     async fn sync(&self, _: Request<SyncRequest>) -> Result<Response<SyncReply>, Status> {
