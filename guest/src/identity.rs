@@ -203,22 +203,26 @@ fn renew_host_key(ssh: &Path, host: &str, fresh: bool) -> Result<(), HostKeyErro
     if !ssh.join("sshd_config").exists() || !fresh && private.exists() {
         return Ok(());
     }
-    if fresh {
-        drop_host_keys(ssh)?;
-    }
     let mut key = PrivateKey::from(Ed25519Keypair::from_seed(&random()?));
     key.set_comment(format!("root@{host}"));
     write_whole(&public, format!("{}\n", key.public_key().to_openssh()?).as_bytes(), 0o644)?;
     write_whole(&private, key.to_openssh(LineEnding::LF)?.as_bytes(), 0o600)?;
+    if fresh {
+        drop_other_host_keys(ssh, &[&private, &public])?;
+    }
     Ok(())
 }
 
-/// Those that came with the disk, of whatever kind.
-fn drop_host_keys(ssh: &Path) -> io::Result<()> {
+/// Those that came with the disk, of whatever kind. What cannot be removed is no reason to keep the rest.
+fn drop_other_host_keys(ssh: &Path, own: &[&Path]) -> io::Result<()> {
     for entry in fs::read_dir(ssh)? {
-        let entry = entry?;
-        if entry.file_name().to_string_lossy().starts_with("ssh_host_") {
-            fs::remove_file(entry.path())?;
+        let path = entry?.path();
+        let is_key = path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("ssh_host_"));
+        if is_key
+            && !own.contains(&path.as_path())
+            && let Err(error) = fs::remove_file(&path)
+        {
+            log!("{}: {error}", path.display());
         }
     }
     Ok(())
@@ -286,6 +290,8 @@ mod tests {
         assert!(!private.exists(), "made where there is no server");
         fs::write(folder.join("sshd_config"), "").unwrap();
         fs::write(folder.join("ssh_host_rsa_key"), "of the image").unwrap();
+        fs::write(&private, "of the parent").unwrap();
+        fs::create_dir(folder.join("ssh_host_backup")).unwrap();
         renew_host_key(&folder, "demo", true).unwrap();
         assert!(!folder.join("ssh_host_rsa_key").exists(), "the image's key stayed");
         let first = fs::read_to_string(&private).unwrap();

@@ -125,6 +125,13 @@ struct Session {
     hello: HelloReply,
 }
 
+impl ConnectError {
+    /// The guest, or what should be there of it, has said nothing for the whole time; any other error means that it is gone or speaks wrongly.
+    pub(crate) fn is_silence(&self) -> bool {
+        matches!(self, Self::Silent { .. })
+    }
+}
+
 impl AgentClient {
     /// Connects to QEMU's socket and meets the guest, which may still be booting.
     ///

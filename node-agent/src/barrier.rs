@@ -4,6 +4,7 @@
 //!  runs?  ── yes ──▶ the guest writes its page cache to the disk ──┐
 //!     └───── no ─────────── it has done that before it slept ──────┴──▶ push everything ──▶ watermark, generation
 //! ```
+//! A guest that could not write all within the 2 s it gets before it sleeps (logged then) keeps the rest in its memory, which a barrier does not cover.
 
 use std::time::Duration;
 
@@ -13,7 +14,7 @@ use tokio::time::timeout;
 
 use crate::{
     agent::{AgentClient, CallError},
-    host::Host,
+    host::{Host, WakeError},
     vm::change::chain,
 };
 
@@ -34,6 +35,8 @@ pub(crate) struct Reached {
 pub(crate) enum BarrierError {
     #[error("sprite {0} is not on this host")]
     NotHere(SpriteId),
+    #[error("the guest, which holds unwritten data in memory, cannot be asked")]
+    Wake(#[source] WakeError),
     #[error("the guest cannot write what it holds in memory to its disk")]
     Guest(#[source] CallError),
     #[error("the guest has not written what it holds in memory to its disk within {GUEST_LIMIT:?}")]
@@ -54,10 +57,9 @@ pub(crate) enum BarrierError {
 pub(crate) async fn barrier(host: &Host, id: SpriteId) -> Result<Reached, BarrierError> {
     let status = host.status(id).ok_or(BarrierError::NotHere(id))?;
     let store = &host.resources().store;
-    if status.state == "running"
-        && let Ok(running) = host.running(id).await
-        && let Some(volume) = store.volume(id)
-    {
+    if status.state == "running" {
+        let running = host.running(id).await.map_err(BarrierError::Wake)?;
+        let volume = store.volume(id).ok_or(BarrierError::NotHere(id))?;
         return of_running(&running.agent, &volume).await;
     }
     match store.volume(id) {
@@ -78,11 +80,7 @@ pub(crate) async fn of_running(agent: &AgentClient, volume: &Volume) -> Result<R
 }
 
 async fn push(volume: &Volume) -> Result<Reached, BarrierError> {
-    match volume.push().await {
-        // Given up since it was looked up, which takes that everything is in the bucket.
-        Ok(()) | Err(VolumeError::Closed) => {}
-        Err(error) => return Err(BarrierError::Push(error)),
-    }
+    volume.push().await.map_err(BarrierError::Push)?;
     let status = volume.status();
     tracing::debug!(sprite = %volume.id(), lsn = %status.pushed_lsn, "a barrier was reached");
     Ok(Reached { watermark_unix_ms: status.watermark_unix_ms, generation: status.generation.0 })
@@ -94,7 +92,9 @@ impl From<BarrierError> for tonic::Status {
         match error {
             BarrierError::NotHere(id) => proto::not_here(id),
             BarrierError::Silent => Self::deadline_exceeded(text),
-            BarrierError::Guest(_) | BarrierError::Push(_) | BarrierError::Head(_) => Self::unavailable(text),
+            BarrierError::Wake(_) | BarrierError::Guest(_) | BarrierError::Push(_) | BarrierError::Head(_) => {
+                Self::unavailable(text)
+            }
         }
     }
 }

@@ -49,6 +49,8 @@ const TRIAL_LIMIT: Duration = Duration::from_secs(30);
 const KILL_LIMIT: Duration = Duration::from_secs(10);
 /// Boots until one can be used.
 const BOOTS_MAX: u32 = 6;
+/// Of the console of one that ended, the newest first.
+const CONSOLE_LINES_SHOWN: usize = 12;
 
 /// A snapshot that is ready to be started from.
 #[derive(Clone, Debug)]
@@ -259,6 +261,13 @@ impl Workbench<'_> {
             match made {
                 Err(error @ (GoldenError::Trial(_) | GoldenError::Clock { .. })) if boots < BOOTS_MAX => {
                     tracing::warn!(error = chain(&error), boots, "booting the golden VM again");
+                    boots += 1;
+                }
+                // It ended: a kernel that panics ends its QEMU. One that is silent has had its time.
+                Err(GoldenError::Boot { console, source }) if boots < BOOTS_MAX && !source.is_silence() => {
+                    let said = std::fs::read_to_string(&console).unwrap_or_default();
+                    let said: Vec<&str> = said.lines().rev().take(CONSOLE_LINES_SHOWN).collect();
+                    tracing::warn!(error = chain(&source), boots, ?said, "the golden VM ended; booting it again");
                     boots += 1;
                 }
                 made => return made.map(|()| work),

@@ -3,6 +3,7 @@
 use std::{
     fs::File,
     io::IsTerminal as _,
+    os::unix::fs::{DirBuilderExt as _, MetadataExt as _},
     path::{Path, PathBuf},
     process::ExitCode,
     time::{Duration, Instant},
@@ -22,6 +23,8 @@ use crate::{
 /// How often progress is said.
 const PROGRESS_PERIOD: Duration = Duration::from_millis(500);
 const CHUNK_BYTES: u64 = 64 << 10;
+/// Nothing is read twice, and the folder may lie in memory.
+const SCRATCH_BYTES: u64 = 256 << 20;
 
 #[derive(Args)]
 pub(crate) struct VolumeArguments {
@@ -156,9 +159,13 @@ async fn open(sprite: &str, config: &Config) -> anyhow::Result<Opened> {
     };
     let scratch =
         std::env::temp_dir().join(format!("sprited-volume-{}-{:08x}", std::process::id(), rand::random::<u32>()));
-    std::fs::create_dir(&scratch).with_context(|| format!("cannot make the folder {}", scratch.display()))?;
+    // Disk contents: for nobody else's eyes.
+    std::fs::DirBuilder::new()
+        .mode(0o700)
+        .create(&scratch)
+        .with_context(|| format!("cannot make the folder {}", scratch.display()))?;
     let scratch = Scratch(scratch);
-    let archive = Archive::open(bucket, &scratch.0, &Limits::default())?;
+    let archive = Archive::open(bucket, &scratch.0, &Limits { cache_bytes: SCRATCH_BYTES, ..Limits::default() })?;
     Ok(Opened { archive, id, _scratch: scratch })
 }
 
@@ -293,6 +300,13 @@ impl Unfinished {
         let file = file.with_context(|| format!("cannot write {shown}"))?;
         let file = Flock::lock(file, FlockArg::LockExclusiveNonblock)
             .map_err(|(_, error)| anyhow::Error::new(error).context(format!("another export writes {shown}")))?;
+        // It may have been another export's, and be that one's finished image by now.
+        let is_still_there = path.metadata().is_ok_and(|there| {
+            file.metadata().is_ok_and(|open| (there.dev(), there.ino()) == (open.dev(), open.ino()))
+        });
+        if !is_still_there {
+            bail!("another export has just written {shown}; try again");
+        }
         file.set_len(0).with_context(|| format!("cannot write {shown}"))?;
         Ok(Self { path, file })
     }

@@ -95,7 +95,21 @@ impl Store {
             let checkpoint = checkpoint.to_owned();
             return Err(ForkError::TooSmall { checkpoint, has_bytes: size_bytes, wanted_bytes });
         }
-        let volume = self.create_from(id, Start { root, size_bytes, parent: Some(parent) }).await?;
+        let volume = match self.create_from(id, Start { root, size_bytes, parent: Some(parent) }).await {
+            Ok(volume) => volume,
+            // It is somebody's, with this pin.
+            Err(error @ StoreError::Exists { .. }) => return Err(error.into()),
+            Err(error) => {
+                let cleared = async {
+                    self.destroy(id).await?;
+                    self.unpin(parent, id).await
+                };
+                if let Err(left) = cleared.await {
+                    tracing::warn!(volume = %parent, error = %left, "half a fork, or its pin, stays for now");
+                }
+                return Err(error.into());
+            }
+        };
         if let Some(wanted) = disk_bytes.filter(|wanted| *wanted > size_bytes) {
             volume.resize(wanted).await.map_err(StoreError::from)?;
         }
@@ -148,16 +162,18 @@ impl Store {
 
     /// Frees what a tombstone has in the bucket, and what only it has held of the volumes it descends from.
     pub(super) async fn free(&self, id: SpriteId) -> Result<(), StoreError> {
-        let mut id = id;
-        loop {
+        // From the child upwards; a parent is forgotten only when all above it is done, so that a repeat finds the way.
+        let mut told = Vec::new();
+        let mut next = Some(id);
+        while let Some(id) = next.take() {
             let head = self.read_head(id).await?.map(|record| record.value);
             if head.as_ref().is_some_and(|head| !head.is_deleted()) {
-                return Ok(());
+                break;
             }
             let forks = head.as_ref().map(|head| head.forks.as_slice()).unwrap_or_default();
             self.delete_packs(id, forks).await?;
             let Some(parent) = head.as_ref().filter(|head| head.forks.is_empty()).and_then(|head| head.parent) else {
-                return Ok(());
+                break;
             };
             match self.unpin(parent, id).await {
                 Ok(()) | Err(StoreError::Unknown { .. }) => {}
@@ -167,13 +183,17 @@ impl Store {
                 }
                 Err(error) => return Err(error),
             }
-            let told = self.change_head(id, |head| {
+            told.push(id);
+            next = Some(parent);
+        }
+        while let Some(id) = told.pop() {
+            let forgotten = self.change_head(id, |head| {
                 head.parent = None;
                 Ok::<(), StoreError>(())
             });
-            told.await?;
-            id = parent;
+            forgotten.await?;
         }
+        Ok(())
     }
 
     /// Deletes the packs of a tombstone, but for those that its forks name.

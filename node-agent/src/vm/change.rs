@@ -38,6 +38,8 @@ const CONFIGURE_LIMIT: Duration = Duration::from_secs(30);
 const ENVIRONMENT_LIMIT: Duration = Duration::from_secs(60);
 /// Growing an ext4 by hundreds of GiB writes its new group descriptors: seconds, on a slow host more.
 pub(crate) const GROW_LIMIT: Duration = Duration::from_secs(120);
+/// A few files of a disk that was just mounted.
+const FORK_SYNC_LIMIT: Duration = Duration::from_secs(30);
 /// The guest's promise is [`STOP_ENVIRONMENT_MS`]; one that does not even answer is given up.
 const STOP_ANSWER_LIMIT: Duration = Duration::from_secs(3);
 
@@ -337,12 +339,23 @@ pub(crate) async fn begin_life(resources: &Resources, parts: &mut Parts) -> Resu
     let is_fork = parts.record.as_ref().is_some_and(|record| record.from.is_some());
     let from = if is_fork {
         try_boot(resources, parts, true).await?;
+        // What it must not share with its parent is on its disk before anybody may use it: a later start could not tell.
+        if let Some(process) = &parts.process {
+            sync_or_fail(process).await?;
+        }
         "fork"
     } else {
         first_vm(resources, parts).await?
     };
     fill_disk(parts).await?;
     Ok(from)
+}
+
+async fn sync_or_fail(process: &VmProcess) -> Result<(), BootError> {
+    match tokio::time::timeout(FORK_SYNC_LIMIT, process.agent.sync()).await {
+        Ok(synced) => synced.map_err(|error| BootError::failed(&error)),
+        Err(_elapsed) => Err(BootError::failed(&GuestError::Silent("write its identity to its disk"))),
+    }
 }
 
 async fn first_vm(resources: &Resources, parts: &mut Parts) -> Result<&'static str, BootError> {
