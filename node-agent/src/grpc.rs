@@ -2,7 +2,7 @@
 
 use std::pin::Pin;
 
-use blockstore::store::ForkError;
+use blockstore::store::{ForkError, StoreError};
 use futures_util::{Stream, StreamExt as _};
 use proto::{
     id::SpriteId,
@@ -373,6 +373,11 @@ fn checkpoint_status(error: &blockstore::store::CheckpointError) -> Status {
         CheckpointError::CurrentBase { .. } | CheckpointError::Lost { .. } | CheckpointError::TooMany { .. } => {
             Status::failed_precondition(error.to_string())
         }
-        _ => Status::unavailable(chain(error)),
+        CheckpointError::Store(source)
+            if matches!(**source, StoreError::Unknown { .. } | StoreError::Destroyed { .. }) =>
+        {
+            Status::failed_precondition(chain(error))
+        }
+        CheckpointError::Store(_) | CheckpointError::Volume(_) => Status::unavailable(chain(error)),
     }
 }

@@ -42,8 +42,8 @@ pub fn steady_khz() -> Option<u32> {
 /// every sprite that sleeps, belongs to one rate: it must not change because a rounded number lies near a boundary.
 pub fn lasting_khz(kept: &Path) -> io::Result<Option<u32>> {
     let Some(measured) = steady_khz() else { return Ok(None) };
-    let before = match std::fs::read_to_string(kept) {
-        Ok(text) => text.trim().parse().ok(),
+    let before = match std::fs::read(kept) {
+        Ok(text) => String::from_utf8_lossy(&text).trim().parse().ok(),
         Err(error) if error.kind() == io::ErrorKind::NotFound => None,
         Err(error) => return Err(error),
     };
@@ -110,7 +110,7 @@ mod tests {
         let Some(first) = lasting_khz(&kept).unwrap() else { return };
         std::fs::write(&kept, format!("{}\n", first + SAME_KHZ / 2)).unwrap();
         assert_eq!(lasting_khz(&kept).unwrap(), Some(first + SAME_KHZ / 2));
-        std::fs::write(&kept, "no number").unwrap();
+        std::fs::write(&kept, b"no number \xff").unwrap();
         let again = lasting_khz(&kept).unwrap().unwrap();
         assert_eq!(std::fs::read_to_string(&kept).unwrap(), format!("{again}\n"));
     }

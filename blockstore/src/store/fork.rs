@@ -14,7 +14,7 @@
 //! 3. Every step can be repeated. A crash leaves a pin too many, never one too few: destroying again takes it out, and a parent that is written to
 //!    finds pins whose child is not there ([`gone`]).
 
-use std::time::Duration;
+use std::{collections::HashSet, time::Duration};
 
 use futures_util::{StreamExt, stream};
 use proto::id::SpriteId;
@@ -35,6 +35,8 @@ const FORKS_MAX: usize = 1000;
 const DELETES_MAX: usize = 16;
 /// The head of a fork is made right after its pin; one that is not there after so long never will be.
 const BIRTH_LIMIT: Duration = Duration::from_secs(3600);
+/// Looking at what the forks of a destroyed volume need.
+const NAMED_LIMIT: Duration = Duration::from_secs(60);
 /// Heads of forks read in one survey of the parent.
 const CHECKS_MAX: usize = 64;
 
@@ -50,12 +52,15 @@ pub(super) fn pin(head: &mut Head, child: SpriteId, root: Option<Root>, since_un
     head.forks.push(Fork { child, root, since_unix_ms });
 }
 
-/// Pins for which there is no volume: it was destroyed by a host that died at it, or never made.
+/// Pins for which there is no volume: it was destroyed by a host that died at it, or never made. Looks at some of them, others at the next time.
 pub(super) async fn gone(bucket: &Bucket, forks: &[Fork]) -> Vec<SpriteId> {
     let limit = u64::try_from(BIRTH_LIMIT.as_millis()).unwrap_or(u64::MAX);
     let old = |fork: &&Fork| now_unix_ms().saturating_sub(fork.since_unix_ms) > limit;
     let mut gone = Vec::new();
-    for Fork { child, .. } in forks.iter().filter(old).take(CHECKS_MAX) {
+    let old: Vec<&Fork> = forks.iter().filter(old).collect();
+    // From anywhere on: living ones at the begin must not hide dead ones behind them.
+    let from = if old.is_empty() { 0 } else { rand::Rng::random_range(&mut rand::rng(), 0..old.len()) };
+    for Fork { child, .. } in old.iter().cycle().skip(from).take(old.len().min(CHECKS_MAX)) {
         match bucket.read_record::<Head>(&head_key(*child)).await {
             Ok(None) => gone.push(*child),
             Ok(Some(head)) if head.value.is_deleted() && head.value.forks.is_empty() => gone.push(*child),
@@ -171,8 +176,17 @@ impl Store {
                 break;
             }
             let forks = head.as_ref().map(|head| head.forks.as_slice()).unwrap_or_default();
-            self.delete_packs(id, forks).await?;
-            let Some(parent) = head.as_ref().filter(|head| head.forks.is_empty()).and_then(|head| head.parent) else {
+            let gone = gone(self.bucket(), forks).await;
+            let forks: Vec<Fork> = forks.iter().filter(|fork| !gone.contains(&fork.child)).cloned().collect();
+            if !gone.is_empty() {
+                let forgotten = self.change_head(id, |head| {
+                    head.forks.retain(|fork| !gone.contains(&fork.child));
+                    Ok::<(), StoreError>(())
+                });
+                forgotten.await?;
+            }
+            self.delete_packs(id, &forks).await?;
+            let Some(parent) = head.as_ref().filter(|_| forks.is_empty()).and_then(|head| head.parent) else {
                 break;
             };
             match self.unpin(parent, id).await {
@@ -198,10 +212,21 @@ impl Store {
 
     /// Deletes the packs of a tombstone, but for those that its forks name.
     async fn delete_packs(&self, id: SpriteId, forks: &[Fork]) -> Result<(), StoreError> {
-        let (bucket, origin) = (self.bucket(), Origin::of_volume(id));
+        let origin = Origin::of_volume(id);
         let roots = forks.iter().filter_map(|fork| fork.root);
-        let named = compact::named(&self.shared.fetcher, origin, roots).await;
-        let named = named.map_err(|source| StoreError::Forks { id, source: Box::new(source) })?;
+        let named = tokio::time::timeout(NAMED_LIMIT, compact::named(&self.shared.fetcher, origin, roots)).await;
+        let why = match named {
+            Ok(Ok(named)) => return self.delete_unnamed(id, &named).await,
+            Ok(Err(error)) => error.to_string(),
+            Err(_elapsed) => format!("not seen within {NAMED_LIMIT:?}"),
+        };
+        // It is destroyed for everybody all the same; the destroy of its last fork frees them.
+        tracing::warn!(volume = %id, why, "what its forks need cannot be told; all its packs stay for now");
+        Ok(())
+    }
+
+    async fn delete_unnamed(&self, id: SpriteId, named: &HashSet<PackId>) -> Result<(), StoreError> {
+        let (bucket, origin) = (self.bucket(), Origin::of_volume(id));
         let packs = bucket.list(&origin.prefix()).await.map_err(|source| StoreError::Bucket { id, source })?;
         let is_named = |key: &str| PackId::from_key(origin, key).is_some_and(|pack| named.contains(&pack));
         let unnamed: Vec<String> = packs.into_iter().map(|entry| entry.key).filter(|key| !is_named(key)).collect();

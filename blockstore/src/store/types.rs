@@ -120,8 +120,6 @@ pub enum StoreError {
     Head { id: SpriteId, source: RecordError },
     #[error("cannot use the bucket for volume {id}")]
     Bucket { id: SpriteId, source: BucketError },
-    #[error("cannot see what forks of volume {id} still need")]
-    Forks { id: SpriteId, source: Box<dyn std::error::Error + Send + Sync> },
     #[error(transparent)]
     Volume(#[from] VolumeError),
 }

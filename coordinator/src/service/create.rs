@@ -162,7 +162,10 @@ impl Service {
         claim: &mut Claim,
     ) -> Result<(SpriteId, SpriteRecord), Failure> {
         let parent = match &new.from {
-            Some(source) => Some(self.fork_source(org, &new.name, source).await.map_err(Failure::Nothing)?),
+            Some(source) => {
+                let found = self.holding(claim, self.fork_source(org, &new.name, source)).await;
+                Some(found.map_err(Failure::Nothing)?)
+            }
             None => None,
         };
         let (default_size, default_disk_bytes) = match &parent {
@@ -231,22 +234,26 @@ impl Service {
         Ok((parent, from))
     }
 
-    /// Has the node make it, and keeps the claim alive meanwhile.
+    /// Waits for `work` and keeps the claim of the name alive meanwhile.
+    async fn holding<T>(&self, claim: &mut Claim, work: impl Future<Output = T>) -> T {
+        let mut work = std::pin::pin!(work);
+        loop {
+            tokio::select! {
+                answer = &mut work => return answer,
+                () = tokio::time::sleep(RENEW_PERIOD) => {
+                    if let Err(error) = self.0.names.renew(claim).await {
+                        tracing::warn!("a claim cannot be renewed: {}", chain(&error));
+                    }
+                }
+            }
+        }
+    }
+
+    /// Has the node make it.
     async fn make_at_node(&self, record: &SpriteRecord, wait: bool, claim: &mut Claim) -> Result<SpriteId, Failure> {
         let give_up_at = Instant::now() + CAPACITY_WAIT;
         loop {
-            let mut call = std::pin::pin!(self.node().create(record));
-            let answer = loop {
-                tokio::select! {
-                    answer = &mut call => break answer,
-                    () = tokio::time::sleep(RENEW_PERIOD) => {
-                        if let Err(error) = self.0.names.renew(claim).await {
-                            tracing::warn!(name = %record.name, "its claim cannot be renewed: {}", chain(&error));
-                        }
-                    }
-                }
-            };
-            match answer {
+            match self.holding(claim, self.node().create(record)).await {
                 Ok(reply) => {
                     return reply.sprite_id.parse().map_err(|error| {
                         Failure::Unclear(Refusal::Failed(format!("the host named the new sprite strangely: {error}")))

@@ -1,6 +1,6 @@
 //! Volumes that begin as checkpoints of others.
 
-use super::{super::head::Head, *};
+use super::{super::head::Head, faults::Fault, *};
 
 const SIZE: u64 = 4 << 20;
 
@@ -163,4 +163,50 @@ async fn a_pin_whose_fork_was_never_made_goes_when_the_parent_is_written_to() {
         head(&site, id).await.forks.iter().map(|fork| fork.child).eq([child])
     })
     .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_parent_with_a_damaged_page_is_destroyed_all_the_same_and_freed_with_its_last_fork() {
+    let mut site = Site::new(small_limits()).await;
+    let (of, v1) = parent(&site, &noise(8, 1 << 20)).await;
+    let of_id = of.id();
+    let child = fork(&site, of_id, &v1).await.id();
+    of.release().await.unwrap();
+    let bucket = site.bucket();
+    for entry in bucket.list(&format!("v1/vol/{of_id}")).await.unwrap() {
+        let size = usize::try_from(entry.size_bytes).unwrap();
+        bucket.put(&entry.key, vec![0; size].into()).await.unwrap();
+    }
+    site.store().volume(child).unwrap().release().await.unwrap();
+    site.wipe();
+    site.open().await;
+    site.store().destroy(of_id).await.unwrap();
+    assert!(head(&site, of_id).await.is_deleted());
+    assert!(packs_of(&site, of_id).await > 0, "deleted although nobody knows what the fork needs");
+    site.store().destroy(child).await.unwrap();
+    assert_eq!(packs_of(&site, of_id).await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_destroy_that_the_bucket_cuts_short_frees_the_ancestors_when_it_is_repeated() {
+    let site = Site::new(small_limits()).await;
+    let (of, v1) = parent(&site, &noise(9, 1 << 20)).await;
+    let of_id = of.id();
+    of.push().await.unwrap();
+    let child = fork(&site, of_id, &v1).await.id();
+    site.store().destroy(of_id).await.unwrap();
+    assert!(packs_of(&site, of_id).await > 0);
+    let mut tries = 0;
+    for after in 0.. {
+        site.faults.set(Some(Fault::AwayAfter(after)));
+        let destroyed = site.store().destroy(child).await;
+        site.faults.set(None);
+        tries += 1;
+        if destroyed.is_ok() {
+            break;
+        }
+        assert!(tries < 100, "it never ends");
+    }
+    assert!(tries > 3, "the bucket was hardly asked for anything");
+    assert_eq!(packs_of(&site, of_id).await, 0, "nobody comes back for them");
 }
