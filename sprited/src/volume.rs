@@ -22,7 +22,6 @@ use crate::{
 
 /// How often progress is said.
 const PROGRESS_PERIOD: Duration = Duration::from_millis(500);
-const CHUNK_BYTES: u64 = 64 << 10;
 /// Nothing is read twice, and the folder may lie in memory.
 const SCRATCH_BYTES: u64 = 256 << 20;
 
@@ -222,7 +221,7 @@ fn shown(summary: &Summary) -> String {
 async fn verify(of: Of) -> anyhow::Result<ExitCode> {
     let opened = open(&of.sprite, &of.bucket.check()?).await?;
     let progress = Progress::new("checked", None);
-    let verified = opened.archive.verify(opened.id, |chunks| progress.say(chunks * CHUNK_BYTES)).await?;
+    let verified = opened.archive.verify(opened.id, |bytes| progress.say(bytes)).await?;
     progress.end();
     if of.json {
         println!("{}", serde_json::to_string_pretty(&verified)?);

@@ -213,7 +213,7 @@ impl Archive {
             .await
     }
 
-    /// Reads everything that a volume names, checkpoints and memory included, and checks it against its hashes. `progress` gets chunks done.
+    /// Reads everything that a volume names, checkpoints and memory included, and checks it against its hashes. `progress` gets bytes done.
     pub async fn verify(&self, id: SpriteId, progress: impl Fn(u64)) -> Result<Verified, ArchiveError> {
         let mut attempt = 0;
         loop {
@@ -258,7 +258,7 @@ impl Archive {
                     Err(error) => return Err(error.into()),
                 }
             }
-            progress(verified.chunks);
+            progress(verified.chunks * CHUNK_BYTES);
         }
         Ok(verified)
     }

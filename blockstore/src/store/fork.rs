@@ -2,8 +2,9 @@
 //!
 //! ```text
 //!  fork      parent's head: pin (child, root) ─▶ child's head: root, parent
-//!  destroy   child's head: tombstone ─▶ its packs, but for what its own forks name ─▶ has none? pin out of the parent's head ─▶ parent out of the tombstone
-//!            └── a parent that is a tombstone itself: what nobody names any more goes, and so on upwards
+//!  destroy   child's head: tombstone ─▶ its packs, but for what its own forks name ─▶ has none? pin out of the parent's head
+//!            ├── a parent that is a tombstone itself: what nobody names any more goes, and so on upwards
+//!            └── on the way back: parent out of the tombstone
 //! ```
 //!
 //! # Invariants
